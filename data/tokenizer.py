@@ -1,0 +1,243 @@
+"""Tokenizers, each as a tiktoken.Encoding: a pattern cuts text into pieces, then byte pairs are merged within each.
+
+"bytes" needs no file, "gpt2" is downloaded by tiktoken, a tokenizer file is a .tiktoken file or a Hugging Face
+tokenizer.json of byte-level BPE, such as DeepSeek-V3's. As JSON they travel beside the data and inside checkpoints.
+"""
+
+import base64
+import contextlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+ENDOFTEXT, DEEPSEEK_EOS = "<|endoftext|>", "<｜end▁of▁sentence｜>"
+BYTES = {bytes([b]): b for b in range(256)}
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PROBE = "Hi, it's 1234\r\n\t   of 我们の・e\u0301 👩\u200d🚀 \u200b\0"  # each tokenizer must give this back unchanged
+
+
+def get_tokenizer(name_or_path) -> tiktoken.Encoding:
+    """"bytes", "gpt2" (downloaded on first use), a .tiktoken file, or a Hugging Face tokenizer.json (or its folder).
+
+    Raises FileNotFoundError, ValueError (an unsupported or damaged file) or OSError (gpt2 while offline).
+    """
+    if name_or_path == "bytes":  # long pieces: 4x faster than a piece per character, and nothing to backtrack
+        return build("bytes", r"[\s\S]{1,64}", BYTES, {ENDOFTEXT: 256})
+    if name_or_path == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except OSError as error:
+            raise OSError(f"could not download tokenizer gpt2 ({type(error).__name__}): go online once, or give "
+                          "--tokenizer bytes or a tokenizer file") from error
+    path = Path(name_or_path)
+    if path.is_dir():
+        path /= "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no tokenizer {name_or_path}: give bytes, gpt2, a .tiktoken file or a tokenizer.json")
+    with blame(path):
+        return (from_tokenizer_json if path.suffix == ".json" else from_tiktoken_file)(path)
+
+
+def separator(enc: tiktoken.Encoding) -> int:
+    """Id of the token that stands before each document. Raises ValueError if the tokenizer has none."""
+    for token in (ENDOFTEXT, DEEPSEEK_EOS):
+        if token in enc._special_tokens:
+            return enc._special_tokens[token]
+    raise ValueError(f"tokenizer {enc.name} has neither {ENDOFTEXT} nor {DEEPSEEK_EOS} to separate documents")
+
+
+def token_lengths(enc: tiktoken.Encoding) -> np.ndarray:
+    """(n_vocab,) int64: bytes of text per token id; 0 for special tokens and unused ids. For bits per byte."""
+    lengths = np.zeros(enc.n_vocab, np.int64)
+    for token, rank in enc._mergeable_ranks.items():
+        lengths[rank] = len(token)
+    return lengths
+
+
+def encoding_to_json(enc: tiktoken.Encoding) -> str:
+    """All of a tokenizer in an ASCII string, which travels inside checkpoints."""
+    ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
+    return json.dumps({"name": enc.name, "pat_str": enc._pat_str, "special_tokens": enc._special_tokens,
+                       "separator": separator(enc), "ranks": {base64.b64encode(t).decode(): r for t, r in ranks}})
+
+
+def encoding_from_json(text: str) -> tiktoken.Encoding:
+    """The inverse of encoding_to_json. Raises ValueError, one sentence, whatever else the string holds."""
+    with blame("encoding json"):
+        spec = json.loads(text)
+        ranks = {base64.b64decode(t, validate=True): r for t, r in spec["ranks"].items()}
+        enc = build(spec["name"], spec["pat_str"], ranks, spec["special_tokens"])
+        need(separator(enc) == spec["separator"], f"separator {spec['separator']!r}")
+        return enc
+
+
+def build(name: str, pat_str: str, ranks: dict, special_tokens: dict) -> tiktoken.Encoding:
+    """A checked tiktoken.Encoding (tiktoken itself panics, or silently loses text, on what is a ValueError here), with
+    <|endoftext|> added as the last id where there is no document separator."""
+    ids = [*ranks.values(), *special_tokens.values()]
+    need(all(type(i) is int and 0 <= i < 1 << 24 for i in ids), "a token id that is no integer below 2**24")
+    need(len(set(ids)) == len(ids), "an id that two tokens share")
+    need(b"" not in ranks and "" not in special_tokens and isinstance(name, str), "an empty token or name")
+    for byte in BYTES:
+        need(byte in ranks, f"a vocabulary without a token for the byte {byte!r}")
+    if not {ENDOFTEXT, DEEPSEEK_EOS} & special_tokens.keys():
+        special_tokens = special_tokens | {ENDOFTEXT: max(ids) + 1}
+    enc = tiktoken.Encoding(name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special_tokens)
+    need(enc.decode(encode(enc, PROBE)) == PROBE, f"a pattern that loses text ({pat_str[:60]!r})")
+    return enc
+
+
+def encode(enc: tiktoken.Encoding, text: str) -> list:
+    """Token ids of text, in which a literal "<|endoftext|>" is text like any other. ValueError if the pattern fails."""
+    try:
+        return enc.encode_ordinary(text)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # Rust's, by name: it is no Exception and has no importable class
+            raise
+        raise ValueError(f"the pattern of tokenizer {enc.name} fails on this text: does it have an empty match, or "
+                         "the text a run of a million spaces?") from None
+
+
+def need(ok: bool, feature: str) -> None:
+    if not ok:
+        raise ValueError(f"{feature} is not supported")
+
+
+@contextlib.contextmanager
+def blame(origin):
+    """Whatever reading a damaged tokenizer raises becomes a ValueError of one sentence that names its origin."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f"malformed: {error!r}"
+        raise ValueError(f"{origin}: {' '.join(reason.split())}") from error
+
+
+def from_tiktoken_file(path: Path) -> tiktoken.Encoding:
+    """A file of `base64 rank` lines. It holds no pattern: we take GPT-2's."""
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            token, rank = line.split()
+            token, rank = base64.b64decode(token, validate=True), int(rank)
+        except ValueError:
+            raise ValueError(f"line {number} is not `base64 rank`") from None
+        need(token not in ranks, f"line {number}: token {token!r} a second time")
+        ranks[token] = rank
+    need(sorted(ranks.values()) == list(range(len(ranks))), f"a rank missing from, or twice in, 0...{len(ranks) - 1}")
+    return build(path.name, GPT2_PATTERN, ranks, {})
+
+
+def from_tokenizer_json(path: Path) -> tiktoken.Encoding:
+    """A byte-level BPE tokenizer.json, ids kept. Its added tokens become special: they never come out of plain text."""
+    spec = json.loads(path.read_text("utf-8"))
+    model, normalizer = spec["model"], spec.get("normalizer")
+    need(not normalizer or normalizer.get("normalizers") == [], f"normalizer {normalizer and normalizer['type']}")
+    need(model.get("type", "BPE") == "BPE", f"model {model.get('type')}")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        need(not model.get(key), f"model.{key}")
+
+    shown = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]  # GPT-2 writes a byte as a character:
+    hidden = [b for b in range(256) if b not in shown]                         # itself if it shows, else 256, 257, ...
+    alphabet = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+    def raw(token):
+        need(all(c in alphabet for c in token), f"token {token!r} (not byte-level)")
+        return bytes(alphabet[c] for c in token)
+
+    special = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+    for token in special.keys() & model["vocab"].keys():
+        need(special[token] == model["vocab"][token], f"added token {token!r} with two ids")
+    ranks = {raw(token): i for token, i in model["vocab"].items() if token not in special}
+
+    # tiktoken knows no merges: it joins the pair that makes the lowest id. That is the same thing if the ids grow in
+    # the order of the merges, and each token, built up from its bytes, is at last made by a pair that is a merge.
+    merges = [tuple(map(raw, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
+    made = [ranks.get(token) for token in dict.fromkeys(a + b for a, b in merges)]
+    need(None not in made, "a merge that makes no token")
+    need(made == sorted(made), "a merge order that differs from the order of the ids")
+    merges = set(merges)
+    for token, rank in ranks.items():
+        need(len(token) == 1 or last_pair(token, rank, ranks) in merges, f"token {token!r}, which no merges build up,")
+    return build(path.name, one_pattern(spec.get("pre_tokenizer")), ranks, special)
+
+
+def last_pair(token: bytes, rank: int, ranks: dict) -> tuple:
+    """The pieces (two, if all is well) that token consists of once every merge below its rank is made."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        best, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+        if best >= rank:
+            break
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return tuple(parts)
+
+
+# A pattern as a list of syntax and of atoms, each of which eats one character. What is in neither (anchors, \w, \b,
+# named groups, nested sets, ...) means one thing to Hugging Face's regex engine and another to tiktoken's.
+PATTERN = re.compile(r"(?P<syntax>\((?:\?(?:i?:|>|<?[=!])|(?!\?))|[)|?*+]|\{\d+(?:,\d*)?\}(?!\+))"
+                     r"|(?P<atom>\[(?:\\.|[^\[\]\\])+\]|\\[pP](?:\{\^?\w+\}|\w)|\\.|[^()|?*+{}\[\]\\^$])", re.S)
+
+
+def one_pattern(pre_tokenizer: dict) -> str:
+    """The single pattern that cuts text like a pre_tokenizer of splits in sequence. ValueError if we know none.
+
+    DeepSeek-V3 splits off \\p{N}{1,3}, then runs of CJK, then applies a big pattern to what lies between, and to the
+    CJK runs. Plain A|B|C is not that: C would see past the end of its stretch ("中a" is two pieces; before a digit,
+    `\\s+(?!\\S)` takes all spaces, as at the end of text). But a stretch is a run of one class of characters. So C is
+    repeated per class, each of its atoms narrowed to the class: [atom&&class] fails beyond it, as at the end of text.
+    """
+    need(isinstance(pre_tokenizer, dict), f"pre_tokenizer {pre_tokenizer}")
+    *steps, end = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    need(end["type"] == "ByteLevel", f"a pre_tokenizer that ends in {end['type']}, not ByteLevel,")
+    need(not end.get("add_prefix_space", True), "add_prefix_space")
+    patterns, keeps_gaps = [], True  # Isolated keeps what lies between matches; Removed, inverted, drops it
+    for step in steps:
+        need(step["type"] == "Split", f"pre_tokenizer {step['type']} before ByteLevel")
+        keeps_gaps = step["behavior"] == "Isolated"
+        need(keeps_gaps or (step["behavior"] == "Removed" and step["invert"] and steps == [step]),
+             f"Split behavior {step['behavior']}")
+        regex, string = step["pattern"].get("Regex"), step["pattern"].get("String")
+        patterns.append(re.sub(r"([][\\.+*?()|{}^$])", r"\\\1", string) if regex is None else regex)
+    if end.get("use_regex", True):
+        patterns.append(GPT2_PATTERN)
+    need(patterns, "ByteLevel with neither use_regex nor a Split before it")
+
+    parsed = []  # each pattern as [(syntax, None) or (None, atom), ...]
+    for pattern in patterns:
+        parts = list(PATTERN.finditer(pattern))
+        escapes = set(re.findall(r"\\([a-zA-Z0-9])", pattern.replace("\\\\", "")))
+        need("".join(p[0] for p in parts) == pattern and escapes <= set("pPsSdDrnt"), f"the regex {pattern[:60]!r}")
+        parsed.append([(p["syntax"], p["atom"]) for p in parts])
+    *runs, last = patterns
+
+    def within(region: str) -> str:
+        """The last split, as it is in a stretch of text of which every character is in region."""
+        spell = {".": r"[^\n]", "-": r"\-", "&": r"\&", "~": r"\~"}  # these mean something else inside brackets
+        return "".join(syntax or f"[{spell.get(atom, atom)}&&{region}]" for syntax, atom in parsed[-1])
+
+    def with_gaps(pattern: str, region: str) -> str:  # tiktoken drops what no alternative matches, so match that too
+        return pattern + rf"|(?:(?!{pattern})[\s\S&&{region}])+" * keeps_gaps
+
+    def matches_anything(pattern: str) -> bool:
+        probe = tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks=BYTES, special_tokens={})
+        return any(encode(probe, "".join(map(chr, range(start, start + 2048))))  # in parts: a search has a limit
+                   for start in range(0, 0x110000, 2048) if start != 0xD800)     # surrogates are no text
+
+    if not runs:
+        return with_gaps(last, r"[\s\S]")
+    need("(?i:" not in last, "a case-insensitive Split after another Split")
+    alternatives, classes = [], []
+    for run, parts in zip(runs, parsed):
+        atom, repeat = parts[0][1], "".join(syntax or "?" for syntax, _ in parts[1:])
+        need(atom and re.fullmatch(r"\+?|\{1,\d+\}", repeat), f"Split {run[:60]!r} (no run of a class) before another")
+        need(not any(matches_anything(f"[{atom}&&{c}]") for c in classes), f"Split {run[:60]!r} that overlaps another")
+        if repeat.startswith("{"):  # matches may touch, so the last split can't be told where each one ends
+            need(not matches_anything(within(atom)), f"Split {run[:60]!r}, whose matches are split again,")
+        alternatives.append(with_gaps(within(atom), atom) if repeat == "+" else run)
+        classes.append(atom)
+    between = f"[^{''.join(classes)}]"
+    return "|".join([*alternatives, with_gaps(within(between), between)])

@@ -1,0 +1,840 @@
+"""
+DeepSeek-V3 in one file: Multi-head Latent Attention, DeepSeekMoE with auxiliary-loss-free load balancing,
+and Multi-Token Prediction. Read it top to bottom, leaf to root:
+
+    config -> RMSNorm -> RoPE/YaRN -> MLA -> MLP -> Gate -> Experts -> MoE -> Block -> MTP -> DeepSeekV3
+
+Equation and section numbers refer to the DeepSeek-V3 Technical Report (arXiv 2412.19437). Modules carry the names of
+the released checkpoints, local variables the symbols of the report.
+
+Shapes      B batch, T tokens of a sequence, S tokens in the cache, N = B*T tokens of a batch, D hidden size, H heads,
+            E routed experts, K experts per token, V vocabulary
+
+paper                 code                          paper                code
+h_t  input of a layer x                             u_t  input of FFN    x, in MoE
+c_t^KV  KV latent     c_kv     (kv_lora_rank)       e_i  centroid        gate.weight[i]
+c_t^Q   query latent  c_q      (q_lora_rank)        s_{i,t} affinity     scores
+W^DKV, W^KR           kv_a_proj_with_mqa            g_{i,t} gate value   weights
+W^UK, W^UV            kv_b_proj                     b_i  router bias     gate.e_score_correction_bias
+W^DQ                  q_a_proj                      N_s, N_r, K_r        n_shared_experts, n_routed_experts,
+W^UQ, W^QR            q_b_proj                                           num_experts_per_tok
+q_t^C, q_t^R          q_c, q_r                      gamma, alpha         bias_update_speed, balance_loss_alpha
+k_t^C, k_t^R          k_c, k_r                      M_k  MTP projection  eh_proj
+W^O                   o_proj                        lambda, D of MTP     mtp_loss_weight, num_nextn_predict_layers
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+@dataclass
+class DeepSeekV3Config:
+    """Hyper-parameters under the keys of a released config.json; the defaults are DeepSeek-V3's pre-training (§4.2).
+
+    Raises ValueError, naming the field, its value and the fix, for a model that cannot be built.
+    """
+
+    vocab_size: int = 129280
+    hidden_size: int = 7168                 # d
+    intermediate_size: int = 18432          # of the dense layers' MLP
+    moe_intermediate_size: int = 2048       # of each expert
+    num_hidden_layers: int = 61
+    num_attention_heads: int = 128          # n_h
+    q_lora_rank: int | None = 1536          # d_c'; None: queries are projected directly from the hidden state
+    kv_lora_rank: int = 512                 # d_c
+    qk_nope_head_dim: int = 128             # d_h: the part of a query or key without position
+    qk_rope_head_dim: int = 64              # d_h^R: the part that RoPE rotates
+    v_head_dim: int = 128
+    n_routed_experts: int = 256             # N_r
+    n_shared_experts: int = 1               # N_s
+    num_experts_per_tok: int = 8            # K_r
+    n_group: int = 8                        # group-limited routing: experts in n_group groups,
+    topk_group: int = 4                     # a token goes to topk_group of them at the most
+    routed_scaling_factor: float = 2.5
+    norm_topk_prob: bool = True
+    first_k_dense_replace: int = 3          # the first layers have a dense MLP
+    num_nextn_predict_layers: int = 1       # D: depth of multi-token prediction
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None        # YaRN: {"type": "yarn", "factor": 40, ...}
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.006
+    tie_word_embeddings: bool = False
+    # training only (§4.2); a released config.json doesn't have these
+    bias_update_speed: float = 0.001        # gamma
+    balance_loss_alpha: float = 0.0001      # alpha
+    mtp_loss_weight: float = 0.3            # lambda
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value is None and f.name in ("q_lora_rank", "rope_scaling"):
+                continue
+            kind = {"q_lora_rank": int, "rope_scaling": dict}.get(f.name, f.type)
+            if kind is float and type(value) is int:
+                value = float(value)
+                setattr(self, f.name, value)
+            if type(value) is not kind:
+                raise ValueError(f"{f.name} must be of type {kind.__name__}, got {value!r}")
+            if kind is int and not 0 <= value < 2**31 or kind is float and not 0 <= value < math.inf:
+                raise ValueError(f"{f.name} must be a finite number >= 0, got {value!r}")
+        at_least_one = ("vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers "
+                        "num_attention_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
+                        "n_routed_experts num_experts_per_tok n_group topk_group max_position_embeddings rope_theta")
+        for name in at_least_one.split():
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim must be even, since RoPE rotates pairs; got {self.qk_rope_head_dim}")
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(f"n_routed_experts={self.n_routed_experts} is not divisible into n_group={self.n_group} "
+                             "groups of equal size; change one of them (n_group 1: no groups)")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group={self.topk_group} is more than the n_group={self.n_group} groups there are")
+        reachable = self.topk_group * (self.n_routed_experts // self.n_group)
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} is more than the {reachable} experts in "
+                             f"the topk_group={self.topk_group} groups kept for a token; lower it or keep more groups")
+        if self.rope_scaling is not None:
+            self._check_yarn()
+
+    def _check_yarn(self):
+        rope = self.rope_scaling
+        if (kind := rope.get("rope_type", rope.get("type"))) != "yarn":
+            raise ValueError(f"rope_scaling of type {kind!r} is not supported, only 'yarn' is")
+        if "factor" not in rope:
+            raise ValueError(f"rope_scaling needs a 'factor' for YaRN, got {rope}")
+        for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+                    "attention_factor"):
+            value = rope.get(key)
+            if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
+                raise ValueError(f"rope_scaling['{key}'] must be a finite number >= 0, got {value!r}")
+        for key in ("factor", "original_max_position_embeddings"):
+            if rope.get(key, 1) < 1:
+                raise ValueError(f"rope_scaling['{key}'] must be at least 1, got {rope[key]!r}")
+        if rope.get("truncate", True) is not True:
+            raise ValueError("rope_scaling['truncate'] = false is not supported; DeepSeek-V3 rounds YaRN's range")
+
+    @classmethod
+    def preset(cls, name):
+        """One of "tiny", "small", "16b", "671b". Raises ValueError for any other name."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        return cls(**PRESETS[name])
+
+    @classmethod
+    def from_json(cls, path):
+        """Read a released config.json, or the one that Hugging Face transformers 5 writes (rope_parameters).
+
+        Keys that don't concern the model are ignored. ValueError for what this code cannot honour, such as another
+        scoring function: a wrong model would load without a word otherwise. Absent keys take the defaults above,
+        but for num_nextn_predict_layers, which is 0 where the file doesn't name it.
+        """
+        with open(path, encoding="utf-8") as f:
+            try:
+                raw = json.load(f)
+            except ValueError as e:
+                raise ValueError(f"{path} is not valid JSON: {e}") from None
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path} must hold a JSON object, got {type(raw).__name__}")
+        honoured = {"model_type": "deepseek_v3", "hidden_act": "silu", "scoring_func": "sigmoid",
+                    "topk_method": "noaux_tc", "moe_layer_freq": 1, "attention_bias": False, "attention_dropout": 0,
+                    "rope_interleave": True, "num_key_value_heads": raw.get("num_attention_heads")}
+        for key, value in honoured.items():
+            if raw.get(key, value) not in (value, None):
+                raise ValueError(f"{path}: {key}={raw[key]!r} is not supported, only {value!r} is")
+        rope = raw.get("rope_parameters") or {}         # transformers 5 keeps theta and YaRN together
+        if not isinstance(rope, dict):
+            raise ValueError(f"{path}: rope_parameters must be a JSON object, got {rope!r}")
+        if rope.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(f"{path}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported")
+        if "rope_theta" in rope:
+            raw["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            raw["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+        raw.setdefault("num_nextn_predict_layers", 0)
+        if raw.get("n_shared_experts", 1) is None:
+            raw["n_shared_experts"] = 0
+        try:
+            return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw})
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+
+
+_V3_YARN = dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1,
+                mscale=1.0, mscale_all_dim=1.0)
+PRESETS = {
+    # two CPU cores, minutes: bytes in, 1M parameters active per token
+    "tiny": dict(vocab_size=320, hidden_size=128, intermediate_size=384, moe_intermediate_size=64, num_hidden_layers=4,
+                 num_attention_heads=4, q_lora_rank=96, kv_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16,
+                 v_head_dim=32, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2,
+                 first_k_dense_replace=1, max_position_embeddings=4096, initializer_range=0.02),
+    # one GPU: GPT-2's size in parameters active per token, its vocabulary padded to a multiple of 64
+    "small": dict(vocab_size=50304, hidden_size=768, intermediate_size=2048, moe_intermediate_size=384,
+                  num_hidden_layers=12, num_attention_heads=12, q_lora_rank=384, kv_lora_rank=128, qk_nope_head_dim=64,
+                  qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=64, num_experts_per_tok=5, n_group=1,
+                  topk_group=1, first_k_dense_replace=1, initializer_range=0.02, tie_word_embeddings=True),
+    # the shape of Moonlight-16B-A3B, a released model of the deepseek_v3 architecture, with an MTP module added
+    "16b": dict(vocab_size=163840, hidden_size=2048, intermediate_size=11264, moe_intermediate_size=1408,
+                num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None, n_routed_experts=64,
+                n_shared_experts=2, num_experts_per_tok=6, n_group=1, topk_group=1, routed_scaling_factor=2.446,
+                first_k_dense_replace=1, rope_theta=50000.0, max_position_embeddings=8192),
+    # the released model: its context is extended to 128K, its config.json allows 160K
+    "671b": dict(rope_scaling=_V3_YARN, max_position_embeddings=163840, initializer_range=0.02),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Norm and positions
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in fp32 whatever x's dtype, returned in x's dtype."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+def rope_inv_freq(config, device=None):
+    """Angular frequencies of RoPE, (qk_rope_head_dim/2,) fp32 in radians per token, with YaRN's where configured.
+
+    YaRN (§4.3, arXiv 2309.00071): a pair that turns more than beta_fast times within the original context keeps its
+    frequency, one that turns less than beta_slow times is slowed down by `factor`, between them it blends linearly.
+    """
+    dim, theta, yarn = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
+    inv_freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    if yarn is None:
+        return inv_freq
+    original = yarn.get("original_max_position_embeddings") or config.max_position_embeddings
+
+    def pair_that_turns(times):     # index of the pair that makes so many turns within the original context
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_that_turns(yarn.get("beta_fast") or 32)), 0)
+    high = min(math.ceil(pair_that_turns(yarn.get("beta_slow") or 1)), dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / max(high - low, 0.001)
+    keep = 1 - ramp.clamp(0, 1)
+    return inv_freq * keep + inv_freq / yarn["factor"] * (1 - keep)
+
+
+def yarn_mscale(factor, mscale):
+    """YaRN's attention temperature, 0.1·mscale·ln(factor) + 1 (§4.3)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rope_cos_sin(config, start, end, device=None):
+    """cos and sin, each (end - start, qk_rope_head_dim/2) fp32, of the rotation angles at positions start..end-1."""
+    angles = torch.outer(torch.arange(start, end, dtype=torch.float32, device=device), rope_inv_freq(config, device))
+    scale = 1.0
+    if (yarn := config.rope_scaling) is not None:
+        # 1 for released models, whose mscale and mscale_all_dim agree: there, MLA's softmax scale does all of it
+        scale = yarn.get("attention_factor")
+        if scale is None and yarn.get("mscale") and yarn.get("mscale_all_dim"):
+            scale = yarn_mscale(yarn["factor"], yarn["mscale"]) / yarn_mscale(yarn["factor"], yarn["mscale_all_dim"])
+        elif scale is None:
+            scale = yarn_mscale(yarn["factor"], 1.0)
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def rotate(x, cos, sin):
+    """RoPE. x: (B, T, ..., R) as *interleaved* pairs (x0, x1), (x2, x3), ...; cos, sin: (T, R/2). Same shape out."""
+    x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)                        # (B, T, ..., R/2) each
+    if x.dim() == 4:
+        cos, sin = cos[:, None], sin[:, None]                                   # (T, 1, R/2): the same for all heads
+    return torch.stack([x0 * cos - x1 * sin, x1 * cos + x0 * sin], dim=-1).flatten(-2).type_as(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+
+class MLA(nn.Module):
+    """Multi-head Latent Attention (§2.1.1): keys and values of all heads are read out of one small latent per token.
+
+    Only that latent c_kv (normalised) and one rotated key k_r, shared by the heads, need caching: kv_lora_rank +
+    qk_rope_head_dim numbers per token. Two ways to attend, equal in result: `attend_naive` expands the latents into
+    per-head keys and values (few operations per query-key pair: training, prefill), `attend_absorbed` folds the
+    expansion into query and output and works on the cache as it is (no expansion: decoding).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.H = config.hidden_size, config.num_attention_heads
+        self.d_c, self.d_nope, self.d_rope = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.d_qk, self.d_v = self.d_nope + self.d_rope, config.v_head_dim
+        self.q_lora_rank = config.q_lora_rank
+        if self.q_lora_rank is None:
+            self.q_proj = nn.Linear(D, self.H * self.d_qk, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(D, self.q_lora_rank, bias=False)                      # W^DQ
+            self.q_a_layernorm = RMSNorm(self.q_lora_rank)
+            self.q_b_proj = nn.Linear(self.q_lora_rank, self.H * self.d_qk, bias=False)     # W^UQ and W^QR, by head
+        self.kv_a_proj_with_mqa = nn.Linear(D, self.d_c + self.d_rope, bias=False)          # W^DKV and W^KR
+        self.kv_a_layernorm = RMSNorm(self.d_c)     # released code leaves eps at 1e-6 here whatever the config says
+        self.kv_b_proj = nn.Linear(self.d_c, self.H * (self.d_nope + self.d_v), bias=False)     # W^UK and W^UV, by head
+        self.o_proj = nn.Linear(self.H * self.d_v, D, bias=False)                           # W^O
+        self.softmax_scale = self.d_qk ** -0.5
+        if (yarn := config.rope_scaling) is not None and yarn.get("mscale_all_dim"):
+            self.softmax_scale *= yarn_mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
+
+    def forward(self, x, cos, sin, mask=None, cache=None, pos=0):
+        """x: (B, T, D) at positions pos..pos+T-1, whose RoPE angles are cos, sin. Returns (B, T, D).
+
+        mask: (B, 1, T, T) bool, True where a query may look (default: causal). cache: (B, S, d_c + d_rope) of the
+        caller's, S >= pos+T, holding positions 0..pos-1; the new ones are written into it.
+        """
+        B, T, _ = x.shape
+        if self.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))                         # Eq. 6, 7
+        q_c, q_r = q.view(B, T, self.H, self.d_qk).split([self.d_nope, self.d_rope], -1)    # (B, T, H, ·)
+        c_kv, k_r = self.kv_a_proj_with_mqa(x).split([self.d_c, self.d_rope], -1)           # Eq. 1; (B, T, ·)
+        c_kv = self.kv_a_layernorm(c_kv)
+        q_r, k_r = rotate(q_r, cos, sin), rotate(k_r, cos, sin)                             # Eq. 8, 3
+        if cache is not None:
+            cache[:, pos:pos + T] = torch.cat([c_kv, k_r], -1)
+        if pos == 0:
+            o = self.attend_naive(q_c, q_r, c_kv, k_r, mask)
+        else:
+            o = self.attend_absorbed(q_c, q_r, cache[:, :pos + T])
+        return self.o_proj(o.flatten(2))                                                    # Eq. 11
+
+    def attend_naive(self, q_c, q_r, c_kv, k_r, mask=None):
+        """Eq. 2-5, 9, 10 as they stand. q_c, q_r: (B, T, H, ·); c_kv, k_r: (B, T, ·). Returns (B, T, H, d_v)."""
+        B, T, H, _ = q_c.shape
+        kv = self.kv_b_proj(c_kv).view(B, T, H, self.d_nope + self.d_v)
+        k_c, v = kv.split([self.d_nope, self.d_v], -1)                                      # Eq. 2, 5
+        q = torch.cat([q_c, q_r], -1).transpose(1, 2)                                       # Eq. 9; (B, H, T, d_qk)
+        k = torch.cat([k_c, k_r[:, :, None].expand(-1, -1, H, -1)], -1).transpose(1, 2)     # Eq. 4; (B, H, T, d_qk)
+        # SDPA's fast kernels want one head size: zeros appended to v come out as zeros and are cut off
+        v = F.pad(v, (0, max(self.d_qk - self.d_v, 0))).transpose(1, 2)                     # (B, H, T, d_qk)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)
+        return o[..., :self.d_v].transpose(1, 2)                                            # Eq. 10; (B, T, H, d_v)
+
+    def attend_absorbed(self, q_c, q_r, cache):
+        """The same, without expanding a single key or value; the T queries are the last of the cache's S positions.
+
+        q_c · (W^UK c_kv) = (W^UK^T q_c) · c_kv, so the latent itself is key and value of all heads (multi-query
+        attention), and W^UV follows the weighted sum. q_c, q_r: (B, T, H, ·); cache: (B, S, d_c + d_rope).
+        """
+        T, S = q_c.size(1), cache.size(1)
+        w = self.kv_b_proj.weight.view(self.H, self.d_nope + self.d_v, self.d_c)
+        w_uk, w_uv = w.split([self.d_nope, self.d_v], 1)                                    # (H, ·, d_c)
+        q = torch.cat([torch.einsum("bthn,hnc->bthc", q_c, w_uk.type_as(q_c)), q_r], -1)    # (B, T, H, d_c + d_rope)
+        kv = cache[:, None].type_as(q)                                                      # (B, 1, S, d_c + d_rope)
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T > 1 else None
+        # k_r rides along as part of the "value", so that key and value are one tensor, and is cut off
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), kv, kv, attn_mask=mask, scale=self.softmax_scale,
+                                           enable_gqa=True)[..., :self.d_c]                 # (B, H, T, d_c)
+        return torch.einsum("bhtc,hvc->bthv", o, w_uv.type_as(o))                           # (B, T, H, d_v)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Feed-forward
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), the FFN of dense layers and of the shared experts."""
+
+    def __init__(self, hidden_size, intermediate_size):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Gate(nn.Module):
+    """The router (§2.1.2): sigmoid affinities; a bias steers which experts are *selected*, never how they are weighed.
+
+    Auxiliary-loss-free load balancing: after each step the bias of an overloaded expert goes down by gamma and that
+    of an underloaded one up (`update_bias`). No gradient is involved, so balance costs the loss nothing.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.K, self.n_group, self.topk_group = config.num_experts_per_tok, config.n_group, config.topk_group
+        self.norm_topk_prob, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))    # e_i
+        nn.init.normal_(self.weight, std=config.initializer_range)
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def _apply(self, fn, recurse=True):
+        """model.to(bfloat16) must not touch the bias: near 5, as in released weights, bf16 has no room for gamma."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias.dtype != torch.float32:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
+    def forward(self, x):
+        """x: (..., D) -> weights (..., K) fp32, experts (..., K) int64, scores (..., E) fp32."""
+        with torch.autocast(x.device.type, enabled=False):              # in fp32, even under autocast
+            scores = F.linear(x.float(), self.weight.float()).sigmoid()                     # Eq. 15
+        choice = scores.detach() + self.e_score_correction_bias                             # Eq. 16
+        if self.n_group > 1:
+            groups = choice.unflatten(-1, (self.n_group, -1))                               # (..., G, E/G)
+            group_score = groups.topk(min(2, groups.size(-1)), -1).values.sum(-1)           # its two best; (..., G)
+            kept = group_score.topk(self.topk_group, -1).indices                            # (..., topk_group)
+            dropped = torch.ones_like(group_score, dtype=torch.bool).scatter_(-1, kept, False)
+            # -inf, not 0: with negative biases 0 would beat every expert of the kept groups
+            choice = groups.masked_fill(dropped[..., None], -math.inf).flatten(-2)          # (..., E)
+        experts = choice.topk(self.K, -1, sorted=False).indices                             # Eq. 14, on s + b
+        weights = scores.gather(-1, experts)                                                # on s alone
+        if self.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)                     # Eq. 13
+        return weights * self.scaling, experts, scores
+
+    @torch.no_grad()
+    def update_bias(self, load, speed):
+        """b_i += gamma * sign(mean load - load_i). load: (E,) tokens per expert over the whole global batch."""
+        load = load.to(self.e_score_correction_bias)                                        # fp32: exact up to 2^24
+        self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
+
+
+def balance_loss(scores, K):
+    """Sequence-wise balance loss without its alpha (Eq. 17-20): 1 when each sequence spreads evenly over the experts.
+
+    scores: (B, T, E) affinities. Returns a scalar, the mean over the sequences.
+    """
+    B, T, E = scores.shape
+    # counted on the unbiased scores and without groups, as Eq. 18 has it
+    picked = torch.zeros_like(scores, requires_grad=False).scatter_(-1, scores.detach().topk(K, -1).indices, 1.0)
+    f = picked.sum(1) * (E / (K * T))                                                       # Eq. 18; (B, E)
+    P = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).mean(1)                           # Eq. 19, 20; (B, E)
+    return (f * P).sum(-1).mean()                                                           # Eq. 17
+
+
+def grouped_linear(x, weight, ends):
+    """One linear layer per expert. x: (M, in), its rows sorted by expert; weight: (E, out, in); returns (M, out).
+
+    ends: (E,) int32, expert e owns rows ends[e-1]..ends[e]-1, possibly none.
+    """
+    if torch.is_autocast_enabled(x.device.type):        # grouped_mm isn't on autocast's list
+        x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
+    if all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    # grouped_mm wants rows of a multiple of 16 bytes; other sizes go expert by expert
+    return torch.cat([F.linear(x_e, w_e) for x_e, w_e in zip(x.tensor_split(ends[:-1].tolist()), weight)])
+
+
+class Experts(nn.Module):
+    """The routed experts, their weights stacked, each a SwiGLU MLP: every token visits its K experts, none is dropped."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, D, I = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_proj = nn.Parameter(torch.empty(E, I, D))
+        self.up_proj = nn.Parameter(torch.empty(E, I, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, I))
+        for p in self.parameters():
+            nn.init.normal_(p, std=config.initializer_range)
+
+    def forward(self, x, weights, experts):
+        """x: (N, D); weights, experts: (N, K). Returns the weighted sum (N, D) and the load (E,) int64."""
+        N, K = experts.shape
+        order = experts.flatten().argsort(stable=True)              # (N*K,) slots, sorted by expert
+        ones = torch.ones_like(order)
+        load = ones.new_zeros(self.gate_proj.size(0)).scatter_add_(0, experts.flatten(), ones)  # without a device sync
+        ends = load.cumsum(0).to(torch.int32)                       # (E,)
+        x = x[order // K]                                           # (N*K, D): slot n*K + k holds token n
+        h = F.silu(grouped_linear(x, self.gate_proj, ends)) * grouped_linear(x, self.up_proj, ends)     # (N*K, I)
+        y = grouped_linear(h, self.down_proj, ends)                 # (N*K, D)
+        y = torch.empty_like(y).index_copy(0, order, y).view(N, K, -1)      # back to the tokens' order; (N, K, D)
+        return torch.einsum("nkd,nk->nd", y, weights.type_as(y)), load
+
+
+class MoE(nn.Module):
+    """DeepSeekMoE (Eq. 12): shared experts that see every token plus K of E fine-grained routed experts."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = Gate(config)
+        self.experts = Experts(config)
+        self.n_shared = config.n_shared_experts
+        if self.n_shared:       # n_shared experts side by side are one MLP of n_shared times the width
+            self.shared_experts = MLP(config.hidden_size, self.n_shared * config.moe_intermediate_size)
+
+    def forward(self, x):
+        """x: (B, T, D). Returns y (B, T, D), load (E,) int64 tokens per expert, scores (B, T, E) fp32."""
+        weights, experts, scores = self.gate(x)
+        y, load = self.experts(x.flatten(0, -2), weights.flatten(0, -2), experts.flatten(0, -2))
+        y = y.view_as(x)
+        if self.n_shared:
+            y = y + self.shared_experts(x)
+        return y, load, scores
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers and model
+
+class Block(nn.Module):
+    """One Transformer layer: x + MLA(norm(x)), then x + FFN(norm(x)), the FFN dense or MoE."""
+
+    def __init__(self, config, moe=True):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MLA(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config) if moe else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x, cos, sin, mask=None, cache=None, pos=0):
+        """x: (B, T, D). Returns the new x and the router's (load (E,), scores (B, T, E)), or None of a dense layer."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, pos)
+        h = self.post_attention_layernorm(x)
+        if not isinstance(self.mlp, MoE):
+            return x + self.mlp(h), None
+        y, load, scores = self.mlp(h)
+        return x + y, (load, scores)
+
+
+class MTP(Block):
+    """A Multi-Token Prediction module (§2.2): from h^{k-1} at position i and token t_{i+k} it predicts t_{i+k+1}.
+
+    Embedding and output head are the main model's; shared_head.norm is the module's own.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        D = config.hidden_size
+        self.enorm, self.hnorm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * D, D, bias=False)                                      # M_k
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(D, config.rms_norm_eps)})
+
+    def forward(self, h, emb, cos, sin, mask=None, cache=None, pos=0):
+        """h: h^{k-1} (B, T, D); emb: Emb(t_{i+k}) (B, T, D). Returns h^k and the router's statistics, as Block."""
+        # differs from the report: Eq. 21 writes [h; emb], the released weights hold [emb; h]
+        x = self.eh_proj(torch.cat([self.enorm(emb), self.hnorm(h)], -1))                   # Eq. 21
+        return super().forward(x, cos, sin, mask, cache, pos)                               # Eq. 22
+
+
+class DeepSeekV3(nn.Module):
+    """The whole model. state_dict() has the names of the released checkpoints, with the experts stacked.
+
+    The MTP modules follow the main layers in model.layers, as in the release.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        c, L, depth = config, config.num_hidden_layers, config.num_nextn_predict_layers
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
+            "layers": nn.ModuleList([Block(c, moe=i >= c.first_k_dense_replace) for i in range(L)]
+                                    + [MTP(c) for _ in range(depth)]),
+            "norm": RMSNorm(c.hidden_size, c.rms_norm_eps)})
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        if c.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        for p in self.parameters():         # norms keep their ones
+            if p.dim() > 1:
+                nn.init.normal_(p, std=c.initializer_range)
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def forward(self, idx, targets=None, doc_ids=None, mtp_loss_weight=None):
+        """Logits and training loss.
+
+        idx, targets: (B, T) int64; targets are idx shifted by one, -100 where there is none. doc_ids: (B, T) int64,
+        attention and MTP stay within tokens of one id (default: the report's packing, which crosses documents).
+        mtp_loss_weight: lambda, default the config's.
+
+        Returns logits (B, T, V); loss, a scalar in nats: train mode main + lambda*mtp + alpha*balance, eval mode main;
+        and aux, a dict of detached main, mtp (mean over depths), balance (sum over MoE layers) and load (L, E) int64,
+        the tokens of each expert in each MoE layer of the main model, then in each MTP module. Without targets the
+        loss is None and aux is empty. ValueError for a token id out of range or T > max_position_embeddings.
+        """
+        self._check_tokens(idx, idx.size(1))
+        T, L, depth = idx.size(1), self.config.num_hidden_layers, self.config.num_nextn_predict_layers
+        mask = None if doc_ids is None else self._document_mask(doc_ids)
+        h, stats = self._main(idx, mask)
+        logits = self.lm_head(h)
+        if targets is None:
+            return logits, None, {}
+        n = (targets != -100).sum().clamp(min=1)        # T of Eq. 24: MTP divides by the main labels' count too
+        main = self._cross_entropy(logits, targets) / n
+
+        mtp = main.new_zeros(())
+        cos, sin = rope_cos_sin(self.config, 0, T, idx.device)
+        for k in range(1, min(depth, T - 1) + 1):       # h starts as h^0, the main model's output after its norm
+            layer = self.model.layers[L + k - 1]
+            labels = targets[:, k:]                     # targets[i+k] is t_{i+k+1}; (B, T-k)
+            if doc_ids is not None:                     # position i may not read t_{i+k} out of another document
+                labels = labels.masked_fill(doc_ids[:, k:] != doc_ids[:, :-k], -100)
+            h, layer_stats = layer(h[:, :T - k], self.model.embed_tokens(idx[:, k:]), cos[:T - k], sin[:T - k],
+                                   None if mask is None else mask[..., :T - k, :T - k])
+            stats.append(layer_stats)
+            mtp = mtp + self._cross_entropy(self.lm_head(layer.shared_head.norm(h)), labels) / n / depth  # Eq. 23-25
+
+        balance = main.new_zeros(()) + sum(balance_loss(scores, self.config.num_experts_per_tok) for _, scores in stats)
+        loads = [load for load, _ in stats]
+        loads += [idx.new_zeros(self.config.n_routed_experts)] * (self._num_moe_layers() - len(loads))  # T <= depth
+        load = torch.stack(loads) if loads else idx.new_zeros(0, self.config.n_routed_experts)
+        loss = main
+        if self.training:
+            weight = self.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
+            loss = main + weight * mtp + self.config.balance_loss_alpha * balance
+        return logits, loss, {"main": main.detach(), "mtp": mtp.detach(), "balance": balance.detach(), "load": load}
+
+    def _main(self, idx, mask=None, cache=None, pos=0):
+        """idx: (B, T) at positions pos.. -> h^0 (B, T, D), after the final norm, and each MoE layer's statistics."""
+        x = self.model.embed_tokens(idx)
+        cos, sin = rope_cos_sin(self.config, pos, pos + idx.size(1), idx.device)
+        stats = []
+        for i in range(self.config.num_hidden_layers):
+            x, layer_stats = self.model.layers[i](x, cos, sin, mask, None if cache is None else cache[i], pos)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return self.model.norm(x), stats
+
+    def _check_tokens(self, idx, length):
+        """length: of the sequence in the end, new tokens included."""
+        if length > self.config.max_position_embeddings:
+            raise ValueError(f"a sequence of {length} tokens is longer than max_position_embeddings="
+                             f"{self.config.max_position_embeddings}; shorten it, or extend the context with YaRN "
+                             "(rope_scaling) and raise max_position_embeddings")
+        # on a GPU the check would stall the device: there, the loader of the data has to look
+        if idx.device.type == "cpu" and not torch.compiler.is_compiling() and idx.numel():
+            low, high = idx.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                bad = int(low if low < 0 else high)
+                raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size} (0 to "
+                                 f"{self.config.vocab_size - 1}); was the text encoded with another tokenizer?")
+
+    @staticmethod
+    def _document_mask(doc_ids):
+        """(B, T) -> (B, 1, T, T) bool: the query's own document, up to the query itself."""
+        same = doc_ids[:, :, None] == doc_ids[:, None, :]
+        return same.tril()[:, None]
+
+    @staticmethod
+    def _cross_entropy(logits, labels):
+        """logits: (B, T, V); labels: (B, T), -100 ignored. The sum in nats, in fp32."""
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+
+    def _num_moe_layers(self):
+        c = self.config
+        return max(c.num_hidden_layers - c.first_k_dense_replace, 0) + c.num_nextn_predict_layers
+
+    def update_router_bias(self, load, speed=None):
+        """Auxiliary-loss-free balancing (Eq. 16): once per optimizer step, outside forward.
+
+        load: aux["load"] (L, E), summed over the step's micro-batches and ranks. speed: gamma, default the config's.
+        """
+        gates = [m for m in self.modules() if isinstance(m, Gate)]      # in the order of load's rows
+        if load.shape != (len(gates), self.config.n_routed_experts):
+            raise ValueError(f"load must have the shape ({len(gates)}, {self.config.n_routed_experts}): a row per MoE "
+                             f"layer, MTP modules included; got {tuple(load.shape)}")
+        for gate, layer_load in zip(gates, load):
+            gate.update_bias(layer_load, self.config.bias_update_speed if speed is None else speed)
+
+    def param_groups(self, weight_decay=0.1):
+        """Groups for an optimizer: hidden matrices (what Muon takes), embedding and head, and norms, without decay."""
+        ends = {id(self.model.embed_tokens.weight), id(self.lm_head.weight)}
+        params = list(self.parameters())
+        return [{"params": [p for p in params if p.dim() > 1 and id(p) not in ends], "weight_decay": weight_decay},
+                {"params": [p for p in params if id(p) in ends], "weight_decay": weight_decay},
+                {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}]
+
+    def num_params(self, active=False, mtp=False):
+        """Number of parameters of the main model, embedding and head included. The router biases are buffers and not
+        counted. active: only those that one token meets (K of E routed experts). mtp: the MTP modules too."""
+        L, share = self.config.num_hidden_layers, self.config.num_experts_per_tok / self.config.n_routed_experts
+        total = 0
+        for name, p in self.named_parameters():     # a tied head appears once
+            if mtp or not any(name.startswith(f"model.layers.{i}.") for i in range(L, len(self.model.layers))):
+                total += round(p.numel() * share) if active and ".mlp.experts." in name else p.numel()
+        return total
+
+    def flops_per_token(self, T):
+        """Model FLOPs of one training token (forward and backward) in sequences of T: 6 per active matrix weight, MTP
+        included, and 6 per query-key and per attention-value product, of which a causal query has (T+1)/2."""
+        c, depth = self.config, self.config.num_nextn_predict_layers
+        head = self.lm_head.weight.numel()
+        embeddings = head if c.tie_word_embeddings else 2 * head
+        norms = sum(p.numel() for p in self.parameters() if p.dim() == 1)
+        # the embedding is looked up, the head is multiplied with once per depth
+        matrices = self.num_params(active=True, mtp=True) - norms - embeddings + head * (1 + depth)
+        per_pair = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+        return 6 * matrices + 6 * (c.num_hidden_layers + depth) * per_pair * (T + 1) / 2
+
+    # -------------------------------------------------------------------------------------------------- generation
+
+    def new_cache(self, batch_size, length, mtp=False):
+        """The latent cache for `length` positions, the caller's to keep: a list of (B, length, kv_lora_rank +
+        qk_rope_head_dim) tensors in the model's dtype, one per layer, mtp: one per MTP module behind them."""
+        like, c = self.lm_head.weight, self.config
+        layers = c.num_hidden_layers + (c.num_nextn_predict_layers if mtp else 0)
+        return [like.new_zeros(batch_size, length, c.kv_lora_rank + c.qk_rope_head_dim) for _ in range(layers)]
+
+    @torch.no_grad()
+    def decode(self, idx, cache, pos):
+        """Logits (B, T, V) of tokens idx (B, T) at positions pos..pos+T-1, given a cache that holds 0..pos-1; the
+        cache takes in the new ones. To go back to an earlier position, call with that pos: what lies behind it is
+        overwritten. ValueError for a token id out of range or more tokens than the cache holds."""
+        return self.lm_head(self._prefill(idx, cache, pos))
+
+    def _prefill(self, idx, cache, pos=0):
+        """h^0 (B, T, D) of T tokens from pos on, in chunks, so that memory stays bounded however long the prompt."""
+        end = pos + idx.size(1)
+        self._check_tokens(idx, end)
+        if end > cache[0].size(1):
+            raise ValueError(f"the cache holds {cache[0].size(1)} positions, {end} are needed; make it with "
+                             f"new_cache(batch_size, {end})")
+        return torch.cat([self._main(idx[:, i:i + PREFILL_CHUNK], cache=cache, pos=pos + i)[0]
+                          for i in range(0, idx.size(1), PREFILL_CHUNK)], 1)
+
+    def generate(self, idx, max_new_tokens, *args, **kwargs):
+        """idx (B, T) int64 -> (B, T + new) int64; the arguments are generate_stream's."""
+        return torch.cat([idx, *self.generate_stream(idx, max_new_tokens, *args, **kwargs)], 1)
+
+    @torch.no_grad()
+    def generate_stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, speculative=None, stop=(),
+                        generator=None, stats=None):
+        """Continue the prompts idx (B, T) int64; yields tokens (B, 1) int64 as they come.
+
+        temperature 0 is greedy. top_k keeps the k likeliest tokens, top_p the likeliest that together reach
+        probability p. stop: token ids; a row that produced one repeats it until every row has, which ends the stream.
+        speculative: draft with the MTP modules and verify with the main model, several tokens per forward pass, with
+        exactly the distribution of plain decoding; None means where the model has such modules. stats: a dict of the
+        caller's in which "forwards", "drafted" and "accepted" are counted up. ValueError for an empty prompt, a token
+        id out of range, a total length over max_position_embeddings, and sampling arguments out of range.
+        """
+        B, T = idx.shape
+        if T == 0:
+            raise ValueError("the prompt is empty: give at least one token, such as the document separator")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+        depth = self.config.num_nextn_predict_layers
+        if speculative and not depth:
+            raise ValueError("speculative decoding needs an MTP module, and this model has num_nextn_predict_layers=0")
+        depth = depth if speculative is None or speculative else 0
+        self._check_tokens(idx, T + max_new_tokens)
+        probs = lambda h: sampling_probs(self.lm_head(h), temperature, top_k, top_p)        # (B, t, D) -> (B, t, V)
+        stop = torch.tensor(sorted(stop), dtype=torch.int64, device=idx.device)
+        stats = {} if stats is None else stats
+        for name in ("forwards", "drafted", "accepted"):
+            stats.setdefault(name, 0)
+
+        # drafts may reach beyond the last position that the caller asked for, and are cut off
+        tokens = idx.new_zeros(B, T + max_new_tokens + depth + 1)
+        tokens[:, :T] = idx
+        cache = self.new_cache(B, tokens.size(1), mtp=depth > 0)
+        h = self._prefill(idx, cache)           # h^0 of positions start..p-1, for the MTP modules
+        new = self._sample(probs(h[:, -1:]), generator)                                     # (B, 1)
+        start, p, end = 0, T, T + max_new_tokens        # p: position of the newest token, not yet in the cache
+        done, last = torch.zeros(B, 1, dtype=torch.bool, device=idx.device), new
+        while True:
+            for token in new.split(1, 1)[:end - p]:
+                last = torch.where(done, last, token)
+                yield last
+                done = done | torch.isin(last, stop)
+                if stop.numel() and done.all():
+                    return
+            tokens[:, p:p + new.size(1)] = new
+            p += new.size(1) - 1
+            if p + 1 >= end:
+                return
+
+            # Each depth k reads h^{k-1} and t_{i+k} at positions i = start..p-1, the token of its last one known (k = 1)
+            # or drafted by the depth before, and drafts t_{p+k}
+            q, x = [], h
+            for k in range(1, depth + 1):
+                x = self._draft(k, x, tokens[:, start + k:p + k], cache, start)
+                q.append(probs(self.model.layers[self.config.num_hidden_layers + k - 1].shared_head.norm(x[:, -1:])))
+                tokens[:, p + k:p + k + 1] = self._sample(q[-1], generator)
+
+            # One pass of the main model over the newest token and the drafts: a distribution for each's successor
+            h_new = self._main(tokens[:, p:p + depth + 1], cache=cache, pos=p)[0]           # (B, depth + 1, D)
+            new = self._verify(tokens[:, p + 1:p + depth + 1], q, probs(h_new), done, generator)
+            stats["forwards"] += 1
+            stats["drafted"] += depth
+            stats["accepted"] += new.size(1) - 1
+            # the MTP caches are right up to where only known tokens were read; from there on they are made again
+            again = max(p - depth + 1, start)
+            h = torch.cat([h[:, again - start:], h_new[:, :new.size(1)]], 1) if depth else h_new
+            start, p = again, p + 1
+
+    def _draft(self, k, h, next_tokens, cache, pos):
+        """h^k (B, t, D) from h^{k-1} (B, t, D) at positions pos.. and the tokens (B, t) k positions later."""
+        i = self.config.num_hidden_layers + k - 1
+        layer, emb = self.model.layers[i], self.model.embed_tokens(next_tokens)
+        out = []
+        for a in range(0, h.size(1), PREFILL_CHUNK):
+            b = min(a + PREFILL_CHUNK, h.size(1))
+            cos, sin = rope_cos_sin(self.config, pos + a, pos + b, h.device)
+            out.append(layer(h[:, a:b], emb[:, a:b], cos, sin, cache=cache[i], pos=pos + a)[0])
+        return torch.cat(out, 1)
+
+    @staticmethod
+    def _sample(probs, generator):
+        """probs: (B, 1, V) -> (B, 1) int64."""
+        return torch.multinomial(probs[:, 0], 1, generator=generator)
+
+    def _verify(self, drafts, q, p, done, generator):
+        """Speculative sampling (arXiv 2211.17192): the tokens to keep, (B, n + 1), distributed exactly as p.
+
+        drafts: (B, depth) int64, drawn from q, a list of (B, 1, V); p: (B, depth + 1, V), the main model's. Draft x is
+        kept with probability min(1, p(x)/q(x)); the first one refused is replaced by a draw from max(p - q, 0), and
+        if none is, a token more comes for free. Rows keep in step: the batch takes as many drafts as its most
+        refusing row, which skews nothing, as a draft that another row cut off is simply drawn anew. Rows that are
+        done have no say. Greedy decoding is the case of one-hot p and q.
+        """
+        depth = drafts.size(1)
+        if depth == 0:
+            return self._sample(p, generator)
+        q = torch.cat(q, 1)                                                                 # (B, depth, V)
+        p_x, q_x = (t[:, :depth].gather(-1, drafts[..., None])[..., 0] for t in (p, q))     # (B, depth)
+        u = torch.rand(p_x.shape, generator=generator, device=p_x.device)
+        accepted = (u * q_x < p_x).long().cumprod(1).sum(1)                                 # (B,) leading ones
+        accepted = accepted.masked_fill(done[:, 0], depth)
+        n = int(accepted.min())
+        residual = p[:, n]                                                                  # (B, V)
+        if n < depth:
+            excess = (p[:, n] - q[:, n]).clamp(min=0)
+            residual = torch.where(excess.sum(-1, keepdim=True) > 0, excess, residual)
+        token = torch.multinomial(residual, 1, generator=generator)                         # (B, 1)
+        if n < depth:       # a row that accepted draft n keeps it
+            token = torch.where(accepted[:, None] > n, drafts[:, n:n + 1], token)
+        return torch.cat([drafts[:, :n], token], 1)
+
+
+PREFILL_CHUNK = 1024    # tokens that a prompt is read in at a time
+
+
+def sampling_probs(logits, temperature=1.0, top_k=None, top_p=None):
+    """logits: (..., V) -> probabilities (..., V) fp32 to sample from. ValueError for an argument out of range."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be over 0 and at most 1, got {top_p}")
+    logits = logits.float()
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature     # the maximum at 0: no overflow at any temperature
+    if top_k is not None and top_k < logits.size(-1):
+        kth = logits.topk(top_k, -1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        p, order = probs.sort(-1, descending=True)
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)           # what comes before already reaches top_p
+        probs = torch.zeros_like(probs).scatter_(-1, order, p)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs

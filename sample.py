@@ -1,0 +1,109 @@
+"""
+Generate text from a run of train.py.
+
+    python sample.py --ckpt out
+    python sample.py --ckpt out --prompt "def binary_search(" --temperature 0.5 --num_samples 3
+    python sample.py --ckpt out --prompt FILE:notes.txt --top_p 0.9 --seed 7
+
+Without a prompt a new document is begun. Generation ends with the document, or after --max_new_tokens.
+"""
+
+import argparse
+import codecs
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import encoding_from_json, separator
+from model import DeepSeekV3, DeepSeekV3Config
+from train import load_checkpoint
+
+
+def load(path, device):
+    """A run's folder or its ckpt.pt -> model in eval mode on the device (bfloat16 on a GPU), tiktoken.Encoding."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"--ckpt {path} does not exist; train a model first with: python train.py --out_dir {path}")
+    ckpt = load_checkpoint(path / "ckpt.pt" if path.is_dir() else path)
+    with torch.device("meta"):
+        model = DeepSeekV3(DeepSeekV3Config(**ckpt["config"]))
+    model.load_state_dict(ckpt["model"], assign=True)
+    model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    return model.eval(), encoding_from_json(ckpt["encoding"])
+
+
+def read_prompt(prompt, enc):
+    """--prompt -> its text and its tokens, (1, T) int64; None begins a document."""
+    if prompt is None:
+        return "", torch.tensor([[separator(enc)]])
+    if prompt.startswith("FILE:"):
+        text = Path(prompt.removeprefix("FILE:")).read_bytes()
+        try:
+            prompt = text.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"--prompt {prompt}: the file is not UTF-8 text ({e.reason} at byte {e.start}); convert "
+                             "it to UTF-8") from None
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise ValueError(f"--prompt holds {prompt[e.start]!r} at character {e.start}, which is not text that a "
+                         "tokenizer knows; give the prompt in UTF-8") from None
+    if not prompt:
+        raise ValueError("the prompt is empty; leave --prompt out to begin a new document")
+    return prompt, torch.tensor([enc.encode(prompt, allowed_special="all")])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--ckpt", required=True, help="folder of a run, or its ckpt.pt")
+    parser.add_argument("--prompt", help="text to continue, or FILE:path")
+    parser.add_argument("--max_new_tokens", type=int, default=500)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    parser.add_argument("--top_k", type=int, help="sample from the k likeliest tokens only")
+    parser.add_argument("--top_p", type=float, help="sample from the likeliest tokens that together reach p only")
+    parser.add_argument("--num_samples", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--speculative", action=argparse.BooleanOptionalAction,
+                        help="draft with the MTP modules (default: where the model has any)")
+    args = parser.parse_args(argv)
+    try:
+        if args.num_samples < 1:
+            raise ValueError(f"--num_samples must be at least 1, got {args.num_samples}")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, enc = load(args.ckpt, device)
+        prompt, idx = read_prompt(args.prompt, enc)
+        generator = torch.Generator(device).manual_seed(args.seed)
+        for i in range(args.num_samples):
+            sample(model, enc, prompt, idx.to(device), args, generator)
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"sample.py: {e}") from None
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def sample(model, enc, prompt, idx, args, generator):
+    """Print one continuation as it comes, then a line on speed and speculation to stderr."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a character may be spread over tokens
+    stats, count, start = {}, 0, time.monotonic()
+    stream = model.generate_stream(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                                   args.speculative, stop=[separator(enc)], generator=generator, stats=stats)
+    print("-" * 80 + "\n" + prompt, end="", flush=True)
+    for token in stream:
+        count += 1
+        # the model's vocabulary may be padded beyond the tokenizer's
+        if (token := token.item()) != separator(enc) and token < enc.n_vocab:
+            print(decoder.decode(enc.decode_single_token_bytes(token)), end="", flush=True)
+    print(decoder.decode(b"", final=True), flush=True)
+    seconds = time.monotonic() - start
+    line = f"{count} tokens, {count / seconds:.0f} tokens/s"
+    if stats["drafted"]:
+        line += (f"; drafts accepted {stats['accepted'] / stats['drafted']:.0%}, "
+                 f"{(count - 1) / stats['forwards']:.2f} tokens per forward pass")
+    print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

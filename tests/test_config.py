@@ -1,0 +1,149 @@
+"""DeepSeekV3Config, its presets, and what a model of that config counts."""
+
+import json
+
+import pytest
+import torch
+
+from model import PRESETS, DeepSeekV3, DeepSeekV3Config
+
+
+RELEASED = {    # config.json of the released DeepSeek-V3, keys that don't concern the model included
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
+    "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
+    "initializer_range": 0.02, "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3", "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8,
+    "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                            "weight_block_size": [128, 128]},
+    "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
+                                            "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
+                                            "type": "yarn"},
+    "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False,
+    "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "use_cache": True, "v_head_dim": 128,
+    "vocab_size": 129280}
+
+
+def write(tmp_path, raw):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def test_released_config_is_the_671b_preset(tmp_path):
+    assert DeepSeekV3Config.from_json(write(tmp_path, RELEASED)) == DeepSeekV3Config.preset("671b")
+
+
+def test_transformers_5_form_reads_the_same(tmp_path):
+    raw = {k: v for k, v in RELEASED.items() if k not in ("rope_scaling", "rope_theta")}
+    yarn = {k: v for k, v in RELEASED["rope_scaling"].items() if k != "type"}
+    raw["rope_parameters"] = {**yarn, "rope_type": "yarn", "rope_theta": 50000.0}
+    config = DeepSeekV3Config.from_json(write(tmp_path, raw))
+    assert config.rope_theta == 50000.0 and config.rope_scaling == {**yarn, "rope_type": "yarn"}
+    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 50000.0}
+    config = DeepSeekV3Config.from_json(write(tmp_path, raw))
+    assert config.rope_theta == 50000.0 and config.rope_scaling is None
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
+    ({"topk_method": "greedy"}, "topk_method='greedy'"),
+    ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ({"attention_bias": True}, "attention_bias=True"),
+    ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
+    ({"num_key_value_heads": 8}, "num_key_value_heads=8"),
+    ({"model_type": "deepseek_v2"}, "model_type='deepseek_v2'"),
+    ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'"),
+    ({"rope_scaling": {"type": "yarn"}}, "'factor'"),
+    ({"hidden_size": -1}, "hidden_size"),
+    ({"hidden_size": 1.5}, "hidden_size"),
+    ({"hidden_size": "big"}, "hidden_size"),
+    ({"hidden_size": None}, "hidden_size"),
+    ({"vocab_size": True}, "vocab_size"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    ({"rope_theta": float("inf")}, "rope_theta"),
+    ({"vocab_size": 10**12}, "vocab_size"),
+])
+def test_what_cannot_be_honoured_is_refused(tmp_path, changes, words):
+    with pytest.raises(ValueError, match="config.json") as e:
+        DeepSeekV3Config.from_json(write(tmp_path, {**RELEASED, **changes}))
+    assert words in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "null", "\x00"])
+def test_a_file_that_is_no_config_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json"):
+        DeepSeekV3Config.from_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(n_routed_experts=10, n_group=4), "not divisible"),
+    (dict(num_experts_per_tok=7, topk_group=2), "more than the 6 experts"),
+    (dict(topk_group=5), "topk_group=5"),
+    (dict(qk_rope_head_dim=7), "even"),
+    (dict(num_attention_heads=0), "at least 1"),
+])
+def test_a_model_that_cannot_be_is_refused(make_config, changes, words):
+    with pytest.raises(ValueError, match=words):
+        make_config(**changes)
+
+
+def test_unknown_preset_names_the_known():
+    with pytest.raises(ValueError, match="'huge'.*tiny, small, 16b, 671b"):
+        DeepSeekV3Config.preset("huge")
+
+
+def test_671b_counts_exactly():
+    with torch.device("meta"):
+        model = DeepSeekV3(DeepSeekV3Config.preset("671b"))
+    counts = {"total": model.num_params(), "active": model.num_params(active=True),
+              "MTP module": model.num_params(mtp=True) - model.num_params()}
+    print(counts)
+    assert counts == {"total": 671_026_404_352, "active": 37_552_282_624, "MTP module": 11_610_067_968}
+    biases = [b for name, b in model.named_buffers() if not name.startswith("model.layers.61.")]
+    assert sum(b.numel() for b in biases) == 14_848
+
+
+def test_counts_agree_with_a_model_that_exists(make_model):
+    model = make_model(num_nextn_predict_layers=2)
+    everything = sum(p.numel() for p in model.parameters())
+    mtp = sum(p.numel() for name, p in model.named_parameters() if ".layers.3." in name or ".layers.4." in name)
+    assert model.num_params(mtp=True) == everything and model.num_params() == everything - mtp
+    one_expert = 3 * 48 * 32
+    assert model.num_params() - model.num_params(active=True) == 2 * (12 - 3) * one_expert
+    assert make_model(tie_word_embeddings=True, num_nextn_predict_layers=2).num_params() == everything - mtp - 61 * 48
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_count_the_matrix_products(make_model, tied):
+    """A third of them (the forward pass) against what torch counts as it runs."""
+    from torch.utils.flop_counter import FlopCounterMode
+    model, T = make_model(num_nextn_predict_layers=0, tie_word_embeddings=tied), 32
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(0, 61, (1, T)))
+    seen = counter.get_total_flops()
+    seen -= 2 * 3 * 3 * (20 + 28) * (T * T - T * (T + 1) // 2)     # torch counts the masked half of attention as well,
+    seen -= 2 * 2 * T * 3 * 48                                      # and the weighted sum over a token's experts,
+    seen += 2 * 2 * T * 3 * (3 * 48 * 32)                           # but not grouped_mm: 2 layers, 3 experts a token
+    assert model.flops_per_token(T) * T / 3 == seen
+    with_mtp = make_model(num_nextn_predict_layers=1, tie_word_embeddings=tied)
+    extra = with_mtp.num_params(active=True, mtp=True) - with_mtp.num_params(active=True) - (20 + 16 + 5 * 48)
+    extra = 6 * (extra + 61 * 48) + 6 * 3 * (20 + 28) * (T + 1) / 2
+    assert with_mtp.flops_per_token(T) == model.flops_per_token(T) + extra
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build_on_meta(name):
+    with torch.device("meta"):
+        model = DeepSeekV3(DeepSeekV3Config.preset(name))
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_sizes_that_the_presets_promise():
+    def active(name):
+        with torch.device("meta"):
+            return DeepSeekV3(DeepSeekV3Config.preset(name)).num_params(active=True)
+    assert 0.7e6 < active("tiny") < 1.3e6 and 117e6 < active("small") < 131e6

@@ -1,0 +1,464 @@
+"""data/prepare.py: what lies in the .bin files to the last token, and that bad input leaves a sentence, not a mess."""
+import base64
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+
+import data.prepare as prep
+from data.prepare import prepare
+from data.tokenizer import (BYTES, DEEPSEEK_EOS, encoding_from_json, encoding_to_json, get_tokenizer, separator,
+                            token_lengths)
+
+SEP = 256  # <|endoftext|> of the bytes tokenizer
+SCRIPT = Path(prep.__file__)
+DEEPSEEK_SPLITS = (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+",
+                   "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
+                   " ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+")
+LLAMA_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+               r"\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def write(root: Path, files: dict) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def read(out: Path, split: str) -> list:
+    return np.fromfile(out / f"{split}.bin", json.loads((out / "meta.json").read_text())["dtype"]).tolist()
+
+
+def snapshot(out: Path) -> dict:
+    return {p.relative_to(out).as_posix(): p.read_bytes() if p.is_file() else None for p in out.rglob("*")}
+
+
+def bpe_json(**changes) -> dict:
+    """A tokenizer.json of 256 bytes (ids 0-255) and the merges ab, abc, with `a.b` keys replaced."""
+    shown = [b for b in range(256) if chr(b).isprintable() and b != 32]
+    letters = [chr(b) for b in shown] + [chr(256 + i) for i in range(256 - len(shown))]
+    spec = {"normalizer": None, "added_tokens": [], "pre_tokenizer": {
+                "type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+            "model": {"type": "BPE", "merges": ["a b", "ab c"],
+                      "vocab": {c: i for i, c in enumerate(letters)} | {"ab": 256, "abc": 257}}}
+    for path, value in changes.items():
+        *folders, last = path.split("__")
+        place = spec
+        for name in folders:
+            place = place[name]
+        place[last] = value
+    return spec
+
+
+def split_json(pattern, behavior="Isolated", invert=False, kind="Regex"):
+    return {"type": "Split", "pattern": {kind: pattern}, "behavior": behavior, "invert": invert}
+
+
+def sequence(*steps, use_regex=False):
+    return {"type": "Sequence", "pretokenizers": [
+        *steps, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}]}
+
+
+def save(path: Path, spec) -> Path:
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    return path
+
+
+# ---- layout ----------------------------------------------------------------------------------------------------------
+
+
+def test_folder_layout_token_for_token(tmp_path):
+    text = write(tmp_path / "in", {"b/x.txt": b"efghij", "a.txt": b"abcd", "b.txt": b"0123456789", ".hidden/y": b"no",
+                                   ".z": b"no", "empty.txt": b""})
+    meta = prepare(tmp_path / "out", input=text)  # order a.txt, b.txt, b/x.txt; 20 bytes, cut at 18, in "ef|ghij"
+    assert read(tmp_path / "out", "train") == [SEP, *b"abcd", SEP, *b"0123456789", SEP, *b"efgh"]
+    assert read(tmp_path / "out", "val") == [*b"ij"]  # goes on: no separator
+    assert meta == json.loads((tmp_path / "out/meta.json").read_text()) == {
+        "dtype": "uint16", "vocab_size": 257, "tokenizer": "bytes", "separator": SEP, "source": "in", "documents": 3,
+        "bytes_per_token": 1.0, "train_bytes": 18, "val_bytes": 2, "train_tokens": 21, "val_tokens": 2}
+    assert sorted(os.listdir(tmp_path / "out")) == ["encoding.json", "meta.json", "train.bin", "val.bin"]
+
+
+def test_document_that_starts_on_the_cut_has_a_separator(tmp_path):
+    prepare(tmp_path / "out", input=write(tmp_path / "in", {"1": b"123456789", "2": b"x"}))
+    assert read(tmp_path / "out", "train") == [SEP, *b"123456789"] and read(tmp_path / "out", "val") == [SEP, *b"x"]
+
+
+@pytest.mark.parametrize("text, train", [("aaaaaaa中", 7), ("aaaaaa👩", 6), ("aaaaaaaaé", 8), ("aaaaaaa中aa", 10)])
+def test_cut_moves_back_to_a_character_boundary(tmp_path, text, train):
+    meta = prepare(tmp_path / "out", input=write(tmp_path, {"t": text.encode()}) / "t")
+    assert meta["train_bytes"] == train
+    assert read(tmp_path / "out", "train") == [SEP, *text.encode()[:train]]
+    assert read(tmp_path / "out", "val") == [*text.encode()[train:]]
+
+
+def test_cut_in_the_first_character_moves_the_whole_document(tmp_path):
+    prepare(tmp_path / "out", input=write(tmp_path / "in", {"1": b"12345678", "2": "中".encode()}))
+    assert read(tmp_path / "out", "val") == [SEP, *"中".encode()]  # a whole document, so with its separator
+
+
+def test_text_is_kept_to_the_byte(tmp_path):
+    raw = "\ufeffone\r\ntwo\rthree\n<|endoftext|> \u2028 e\u0301 👩\u200d🚀\r\n".encode() * 3
+    prepare(tmp_path / "out", input=write(tmp_path, {"t": raw}) / "t")
+    assert read(tmp_path / "out", "train") + read(tmp_path / "out", "val") == [SEP, *raw]
+
+
+@pytest.mark.parametrize("tokenizer", ["file.tiktoken", "tokenizer.json"])
+def test_literal_separator_stays_text_with_merges(tmp_path, tokenizer):
+    lines = b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in [*BYTES.items(), (b"ab", 256), (b"abc", 257)])
+    save(tmp_path / "tokenizer.json", bpe_json())
+    (tmp_path / "file.tiktoken").write_bytes(lines)
+    raw = b"<|endoftext|>abc ab" * 10
+    meta = prepare(tmp_path / "out", input=write(tmp_path, {"t": raw}) / "t", tokenizer=str(tmp_path / tokenizer))
+    enc, tokens = get_tokenizer(tmp_path / tokenizer), read(tmp_path / "out", "train") + read(tmp_path / "out", "val")
+    assert tokens.count(258) == 1 and tokens[0] == 258 == meta["separator"] and 257 in tokens
+    assert enc.decode_bytes(tokens[1:]) == raw
+    assert token_lengths(enc)[tokens].sum() == len(raw) == meta["train_bytes"] + meta["val_bytes"]
+    assert meta["bytes_per_token"] == len(raw) / (len(tokens) - 1) and meta["tokenizer"] == tokenizer
+
+
+def test_two_runs_are_byte_equal(tmp_path):
+    text = write(tmp_path / "in", {f"{i % 7}/{i}.txt": b"%d\n" % i * i for i in range(1, 40)})
+    first = prepare(tmp_path / "a", input=text), snapshot(tmp_path / "a")
+    assert first == (prepare(tmp_path / "b", input=text), snapshot(tmp_path / "b"))
+    inside = prepare(text / "out", input=text), snapshot(text / "out")  # its own output is never its input
+    assert first == inside == (prepare(text / "out", input=text), snapshot(text / "out"))
+
+
+def test_uint32_where_the_vocabulary_needs_it(tmp_path):
+    pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
+    text = write(tmp_path, {"t": "\u07ff".encode() * 50}) / "t"
+    for count, dtype in (65536 - 257, "uint16"), (65536 - 256, "uint32"):  # the last id is the separator's
+        tokens = [*BYTES, *pairs[-count:]]
+        lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
+        (tmp_path / "big.tiktoken").write_bytes(b"".join(lines))
+        meta = prepare(tmp_path / "out", input=text, tokenizer=tmp_path / "big.tiktoken")
+        tokens = read(tmp_path / "out", "train")
+        assert meta["dtype"] == dtype and meta["separator"] == tokens[0] == count + 256 == meta["vocab_size"] - 1
+        assert get_tokenizer(tmp_path / "big.tiktoken").decode(tokens[1:]) == "\u07ff" * 45
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+def test_stdlib_is_megabytes_and_quick(tmp_path):
+    start = time.perf_counter()
+    meta = prepare(tmp_path)
+    assert time.perf_counter() - start < 10
+    assert meta["source"] == "stdlib" and meta["documents"] > 100 and meta["train_bytes"] > 3_000_000
+    assert meta["train_tokens"] + meta["val_tokens"] == meta["train_bytes"] + meta["val_bytes"] + meta["documents"]
+    assert bytes(t for t in read(tmp_path, "train")[1:50000] if t != SEP).decode().startswith(
+        (Path(os.__file__).parent / "__future__.py").read_text("utf-8"))  # the first by path
+
+
+def test_stdlib_leaves_out_what_is_not_library(tmp_path, monkeypatch):
+    keep = {"a.py": b"a" * 20, "json/b.py": b"b" * 20}
+    drop = {n: b"no" for n in ("site-packages/x.py", "test/x.py", "json/tests/x.py", "encodings/x.py", "config-3/x.py",
+                               "__pycache__/x.py", "idlelib/idle_test/x.py", "pydoc_data/x.py", "_sysconfigdata_.py",
+                               "dist-packages/x.py", "lib.so", "a.txt")}
+    monkeypatch.setattr(prep.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
+    with pytest.raises(ValueError, match="--input"):
+        prepare(tmp_path / "out")
+    write(tmp_path / "lib", keep | drop)
+    assert prepare(tmp_path / "out")["documents"] == 2
+    assert read(tmp_path / "out", "train") == [SEP, *b"a" * 20, SEP, *b"b" * 16]
+
+
+def test_files_that_are_not_text_are_skipped_and_counted(tmp_path, capsys):
+    text = write(tmp_path / "in", {"a": b"good text", "b": b"\xff\xfe", "c": b"nul\0", "d": "é".encode("latin-1")})
+    assert prepare(tmp_path / "out", input=text)["documents"] == 1
+    assert "b and 2 more" in capsys.readouterr().out
+
+
+def test_shakespeare_is_one_document_to_the_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(prep, "SHAKESPEARE", write(tmp_path, {"t": b"First Citizen:\r\n"}).joinpath("t").as_uri())
+    prepare(tmp_path / "out", "shakespeare")
+    assert read(tmp_path / "out", "train") + read(tmp_path / "out", "val") == [SEP, *b"First Citizen:\r\n"]
+    monkeypatch.setattr(prep, "SHAKESPEARE", "http://127.0.0.1:9/")  # the discard port: as if offline
+    with pytest.raises(OSError, match="--input FILE"):
+        prepare(tmp_path / "out", "shakespeare")
+
+
+def test_fineweb_stops_at_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"):
+        prepare(tmp_path / "out", "fineweb")
+
+    class Bar:
+        def __init__(self, **_): pass
+        def __enter__(self): return self
+        def __exit__(self, *_): pass
+        def update(self, n): pass
+
+    rows = ({"text": text} for text in ["é" * 10, "", "b" * 20, "never read"])
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **k: rows))
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
+    monkeypatch.setattr(prep, "FINEWEB_BYTES", 40)
+    assert prepare(tmp_path / "out", "fineweb")["documents"] == 2
+    assert read(tmp_path / "out", "train") == [SEP, *"é".encode() * 10, SEP, *b"b" * 16]
+    assert next(rows)["text"] == "never read"
+
+
+# ---- all or nothing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("where", ["source", "tokens", "sync", "last sync", "move 1", "move 3", "move 6", "move 8"])
+@pytest.mark.parametrize("earlier", [True, False])
+def test_failure_midway_leaves_things_as_they_were(tmp_path, monkeypatch, error, where, earlier):
+    out = tmp_path / "out"
+    if earlier:
+        prepare(out, input=write(tmp_path / "old", {"a": b"the earlier text"}))
+    else:
+        out.mkdir()
+    before = snapshot(out)
+    lines = b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in [*BYTES.items(), (b"ab", 256)])
+    text = write(tmp_path / "new", {"a": b"ab" * 500, "b": b"ab" * 500, "z.tiktoken": lines})
+    moves = 8 if earlier else 4  # without an earlier dataset nothing moves out
+    name, nth = {"source": ("is_text", 2), "tokens": ("encode", 3), "sync": ("sync", 2), "last sync": ("sync", 4)}.get(
+        where) or ("replace", (int(where[-1]) - 1) % moves + 1)  # (the first call of encode is get_tokenizer's probe)
+    module, calls = os if name == "replace" else prep, [0]
+    real = getattr(module, name)
+
+    def fails_once(*args):
+        calls[0] += 1
+        if calls[0] == nth:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(module, name, fails_once)
+    with pytest.raises(error if isinstance(error, type) else OSError):
+        prepare(out, input=text, tokenizer=text / "z.tiktoken")
+    assert calls[0] >= nth and snapshot(out) == before
+    prepare(out, input=text, tokenizer=text / "z.tiktoken")  # and the next run works
+    assert read(out, "train")[:4] == [257, 256, 256, 256] and set(os.listdir(out)) == set(prep.FILES)
+
+
+def test_meta_json_goes_first_and_comes_last(tmp_path, monkeypatch):
+    text, moves, real = write(tmp_path, {"t": b"some text"}) / "t", [], os.replace
+    prepare(tmp_path / "out", input=text)
+    monkeypatch.setattr(os, "replace", lambda a, b: (moves.append(Path(b).name), real(a, b)))
+    prepare(tmp_path / "out", input=text)
+    assert len(moves) == 8 and moves[0] == moves[-1] == "meta.json"
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_tokenizer_is_the_bytes():
+    enc = get_tokenizer("bytes")
+    text = "a\r\n\0 中文 👩\u200d🚀 <|endoftext|>" * 50 + " " * 200_000 + "a" * 200_000
+    assert enc.encode_ordinary(text) == list(text.encode()) and enc.n_vocab == 257 and separator(enc) == 256
+    assert token_lengths(enc).tolist() == [1] * 256 + [0] and token_lengths(enc).dtype == np.int64
+
+
+@pytest.mark.parametrize("special", [{}, {"<|endoftext|>": 300}, {DEEPSEEK_EOS: 258, "<x>": 400}])
+def test_encoding_json_roundtrip_is_exact(tmp_path, special):
+    added = [{"content": token, "id": i} for token, i in special.items()]
+    for enc in get_tokenizer("bytes"), get_tokenizer(save(tmp_path / "t.json", bpe_json(added_tokens=added))):
+        again = encoding_from_json(encoding_to_json(enc))
+        for field in ("name", "_pat_str", "_special_tokens", "_mergeable_ranks", "n_vocab"):
+            assert getattr(again, field) == getattr(enc, field)
+        assert encoding_to_json(again) == encoding_to_json(enc) and encoding_to_json(enc).isascii()
+        assert again.encode_ordinary("abcab 中") == enc.encode_ordinary("abcab 中")
+    assert separator(enc) == (min(special.values()) if special else 258)
+    assert token_lengths(enc).nonzero()[0].tolist() == list(range(258))
+
+
+def test_dataset_holds_its_encoding(tmp_path):
+    prepare(tmp_path / "out", input=write(tmp_path, {"t": b"some text"}) / "t")
+    enc = encoding_from_json((tmp_path / "out/encoding.json").read_text())
+    assert enc.decode(read(tmp_path / "out", "train")) == "<|endoftext|>some tex"
+
+
+def damaged(**changes):
+    return json.dumps(json.loads(encoding_to_json(get_tokenizer("bytes"))) | changes)
+
+
+GOOD_RANKS = json.loads(encoding_to_json(get_tokenizer("bytes")))["ranks"]
+
+
+@pytest.mark.parametrize("text, match", [
+    ("", "Expecting value"), ("[" * 100_000, "malformed"), ("null", "malformed"), ("[]", "malformed"), ("{}", "ranks"),
+    (encoding_to_json(get_tokenizer("bytes"))[:-9], "Expecting|delimiter|Unterminated"),
+    (damaged(ranks=[]), "malformed"), (damaged(ranks={}), "the byte"), (damaged(ranks={"*": 1}), "base64|padding"),
+    (damaged(ranks=GOOD_RANKS | {"": 999}), "empty token"), (damaged(ranks=GOOD_RANKS | {"YWI=": 2**40}), "token id"),
+    (damaged(ranks=GOOD_RANKS | {"YWI=": -1}), "token id"), (damaged(ranks=GOOD_RANKS | {"YWI=": True}), "token id"),
+    (damaged(ranks=GOOD_RANKS | {"YWI=": 1.5}), "token id"), (damaged(ranks=GOOD_RANKS | {"YWI=": [1]}), "token id"),
+    (damaged(ranks=GOOD_RANKS | {"YWI=": 7}), "two tokens share"), (damaged(special_tokens={"x": 3}), "share"),
+    (damaged(special_tokens=[]), "malformed"), (damaged(special_tokens={"": 256}), "empty token"),
+    (damaged(special_tokens={"\ud800": 256}), "surrogate"), (damaged(name=None), "name"),
+    (damaged(separator=1), "separator"), (damaged(pat_str="("), "arenthesis"), (damaged(pat_str=None), "malformed"),
+    (damaged(pat_str="[a-z]+"), "loses text"), (damaged(pat_str="(?:" * 9999), "."),
+    (damaged(pat_str=r"\s*"), "empty match"),
+])
+def test_damaged_encoding_json_is_a_value_error(text, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        encoding_from_json(text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+NASTY = [*"  \t\r\n\n12345٣①ab cdZ'.,-()[]<>|~^$_ßé한ไ中文字・゠゛ぁカ龥龦👩🚀", *"\0\x85\xa0\u0301\u0378\u0e31\u200b\u200d\u2028",
+         *"\u3000\u3040\u3099\ue000\ufe0f\U0010ffff", "  ", "    ", "123", "1234567", "中文", "\r\n", "abc", "'re", "'LL"]
+
+
+@pytest.mark.parametrize("pre_tokenizer", [
+    pytest.param(sequence(*map(split_json, DEEPSEEK_SPLITS)), id="deepseek-v3"),
+    pytest.param(sequence(use_regex=True)["pretokenizers"][0], id="gpt2"),
+    pytest.param(sequence(split_json(LLAMA_SPLIT)), id="llama3"),
+    pytest.param(sequence(split_json(LLAMA_SPLIT, "Removed", True)), id="gpt4"),
+    pytest.param(sequence(split_json(r"[a-z]+|\d")), id="gaps"),
+    pytest.param(sequence(split_json("-", kind="String"), split_json(r"\p{N}"), use_regex=True), id="string"),
+    pytest.param(sequence(split_json(r"\p{N}+"), split_json(r"(?<=\S)[a-z]+(?! )|(?<!\S) +|\s+(?!\S)|.\S")),
+                 id="look-around"),
+])
+def test_tokenizer_json_parity_with_tokenizers(tmp_path, pre_tokenizer):
+    tokenizers = pytest.importorskip("tokenizers")
+    rng = random.Random(0)
+    nasty = ["".join(rng.choices(NASTY, k=rng.randint(1, 16))) for _ in range(4000)]
+    bpe, byte_level = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers.ByteLevel
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=4000, initial_alphabet=byte_level.alphabet(),
+                                             special_tokens=[DEEPSEEK_EOS], show_progress=False)
+    bpe.pre_tokenizer = byte_level(add_prefix_space=False, use_regex=False)  # learns merges across every boundary, so
+    bpe.train_from_iterator(nasty, trainer)                                  # that a boundary out of place is seen
+    spec = json.loads(bpe.to_str()) | {"pre_tokenizer": pre_tokenizer}
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    ours = get_tokenizer(save(tmp_path / "tokenizer.json", spec))
+    assert separator(ours) == 0 and ours.n_vocab == theirs.get_vocab_size()
+    runs = [" " * 3000 + "1", "中" * 3000, "9" * 3001, "\u200b" * 3000, "\r\n" * 1000, "e" + "\u0301" * 3000]
+    for text in nasty + runs:
+        assert ours.encode_ordinary(text) == theirs.encode(text, add_special_tokens=False).ids, ascii(text)
+
+
+def test_folder_of_a_tokenizer_and_merges_as_lists(tmp_path):
+    save(tmp_path / "tokenizer.json", bpe_json(model__merges=[["a", "b"], ["ab", "c"]]))
+    assert get_tokenizer(tmp_path).encode_ordinary("abcab") == [257, 256]
+
+
+VOCAB = bpe_json()["model"]["vocab"]
+
+
+@pytest.mark.parametrize("changes, match", [
+    ({"model": None}, "malformed"), ({"model__vocab": []}, "malformed"), ({"model__type": "Unigram"}, "Unigram"),
+    ({"model__byte_fallback": True}, "byte_fallback"), ({"model__continuing_subword_prefix": "##"}, "subword_prefix"),
+    ({"model__end_of_word_suffix": "</w>"}, "end_of_word"), ({"model__dropout": 0.1}, "dropout"),
+    ({"normalizer": {"type": "NFC"}}, "normalizer NFC"), ({"pre_tokenizer": None}, "pre_tokenizer None"),
+    ({"pre_tokenizer__add_prefix_space": True}, "add_prefix_space"), ({"pre_tokenizer__use_regex": False}, "use_regex"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"), ({"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"),
+    ({"pre_tokenizer": sequence({"type": "Digits", "individual_digits": True})}, "Digits"),
+    ({"pre_tokenizer": sequence(split_json("a", "MergedWithPrevious"))}, "MergedWithPrevious"),
+    ({"pre_tokenizer": sequence(split_json("a", "Removed"))}, "Removed"),
+    ({"pre_tokenizer": sequence(split_json(r"\s+$|\S+"))}, "regex"),
+    ({"pre_tokenizer": sequence(split_json(r"\w+"))}, "regex"),
+    ({"pre_tokenizer": sequence(split_json(r"[a[b]]"))}, "regex"),
+    ({"pre_tokenizer": sequence(split_json("(a"))}, "Parsing error"),
+    ({"pre_tokenizer": sequence(split_json("a|b"), split_json("c"))}, "no run of a class"),
+    ({"pre_tokenizer": sequence(split_json(r"\d+"), split_json(r"\p{N}+"), split_json("c"))}, "overlaps"),
+    ({"pre_tokenizer": sequence(split_json(r"\d{1,3}"), split_json(r"\p{N}"))}, "split again"),
+    ({"pre_tokenizer": sequence(split_json(r"\d+"), split_json("(?i:a)"))}, "case-insensitive"),
+    ({"pre_tokenizer": sequence(split_json(LLAMA_SPLIT, "Removed", True), split_json("a"))}, "Removed"),
+    ({"model__merges": ["ab c", "a b"]}, "merge order"), ({"model__merges": ["a b", "a bc"]}, "b'abc'.*build up"),
+    ({"model__merges": ["a b"]}, "b'abc'.*build up"), ({"model__merges": ["a b", "ab c", "x y"]}, "makes no token"),
+    ({"model__vocab": VOCAB | {"中": 300}}, "not byte-level"),
+    ({"model__vocab": VOCAB | {"zz": 300}}, "b'zz'.*build up"),
+    ({"model__vocab": {t: i for t, i in VOCAB.items() if t != "q"}}, "the byte b'q'"),
+    ({"added_tokens": [{"content": "abc", "id": 5}]}, "two ids"),
+    ({"added_tokens": [{"content": "<x>", "id": 5}]}, "two tokens share"),
+])
+def test_unsupported_tokenizer_json_is_refused_by_name(tmp_path, changes, match):
+    path = save(tmp_path / "my.json", bpe_json(**changes))
+    with pytest.raises(ValueError, match=match) as caught:
+        get_tokenizer(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+LINES = [base64.b64encode(t) + b" %d" % r for t, r in BYTES.items()]
+
+
+@pytest.mark.parametrize("lines, match", [
+    ([], "the byte|rank"), (LINES[:-1], "the byte"), (LINES + [b"YWI="], "line 257"), (LINES + [b"YWI= x"], "line 257"),
+    (LINES + [b"*** 256"], "line 257"), (LINES + [b"YWI= 258"], "missing"), (LINES + [b"YWI= 3"], "twice"),
+    (LINES + [b"YQ== 256"], "second time"), (LINES + [b"YWI= -1"], "rank"), ([b"{}"], "line 1"),
+])
+def test_damaged_tiktoken_file_is_refused(tmp_path, lines, match):
+    (tmp_path / "my.tiktoken").write_bytes(b"\n".join(lines))
+    with pytest.raises(ValueError, match=match) as caught:
+        get_tokenizer(tmp_path / "my.tiktoken")
+    assert "my.tiktoken" in str(caught.value)
+
+
+def test_tiktoken_file_cuts_text_like_gpt2(tmp_path):
+    merged = [b"YWI= 256", b"IGE= 257", b"ICA= 258"]  # ab, " a", "  "
+    (tmp_path / "my.tiktoken").write_bytes(b"\n".join(LINES + merged))
+    enc = get_tokenizer(tmp_path / "my.tiktoken")
+    assert enc.encode_ordinary("ab a  a1") == [256, 257, 32, 257, 49] and separator(enc) == 259
+
+
+def test_gpt2_offline_names_the_way_out(monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no route")))
+    with pytest.raises(OSError, match="gpt2.*--tokenizer"):
+        get_tokenizer("gpt2")
+
+
+def test_tokenizer_that_loses_text_is_refused(tmp_path):
+    spec = bpe_json(pre_tokenizer=sequence(split_json(r"[^\p{Lu}]+", "Removed", True)))  # drops capitals
+    with pytest.raises(ValueError, match="loses text"):
+        get_tokenizer(save(tmp_path / "t.json", spec))
+    enc = tiktoken.Encoding("lossy", pat_str="[a-z ]+", mergeable_ranks=BYTES | {b"ab": 256}, special_tokens={
+        "<|endoftext|>": 257})
+    with pytest.raises(ValueError, match="loses text"):
+        prep.write_tokens(iter([b"some text\n" * 9]), enc, "uint16", tmp_path)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("files, arguments, match", [
+    ({}, {"input": "nothing/here"}, "no input nothing"), ({"t": b""}, {"input": "t"}, "t is empty"),
+    ({"t": b"x"}, {"input": "t"}, "too little text"), ({"t": "中".encode()}, {"input": "t"}, "too little text"),
+    ({"t": b"caf\xe9" * 9}, {"input": "t"}, "not UTF-8"), ({"t": b"nul\0" * 9}, {"input": "t"}, "not UTF-8"),
+    ({"d/.x": b"hidden"}, {"input": "d"}, "no text in d"),
+    ({"d/x": b"\xff", "d/y": b""}, {"input": "d"}, "no text in d"),
+    ({"t": b"text" * 9}, {"input": "t", "source": "shakespeare"}, "not both"),
+    ({}, {"source": "wiki"}, "no source wiki"),
+    ({"t": b"text" * 9}, {"input": "t", "tokenizer": "gpt5"}, "no tokenizer gpt5"),
+])
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, files, arguments, match):
+    monkeypatch.chdir(write(tmp_path, files))
+    with pytest.raises((ValueError, FileNotFoundError), match=match) as caught:
+        prepare("out", **arguments)
+    assert "\n" not in str(caught.value) and not list(tmp_path.glob("out/*"))
+
+
+def command(*arguments, cwd):
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+
+
+def test_command_line(tmp_path):
+    write(tmp_path, {"t.txt": b"some text " * 10, "bad.txt": b"\xff"})
+    good = command("--input", "t.txt", "--out_dir", "out", cwd=tmp_path)
+    assert good.returncode == 0 and good.stderr == "" and "vocabulary 257 (bytes)" in good.stdout
+    assert read(tmp_path / "out", "train") == [SEP, *b"some text " * 9] and "out: 91 train + 10 val" in good.stdout
+    usage = command("--help", cwd=tmp_path).stdout
+    assert all(flag in usage for flag in ("--source", "--input", "--out_dir", "--tokenizer", "tokenizer.json"))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("--input", "bad.txt"), "not UTF-8"), (("--input", "gone.txt"), "gone.txt"), (("--tokenizer", "gone"), "gone"),
+    (("--inputs", "t.txt"), "--inputs"), (("--tok", "gpt2"), "--tok"),
+    (("--source", "stdlib", "--input", "t.txt"), "not allowed with"),
+])
+def test_command_line_refuses_in_a_sentence(tmp_path, arguments, words):
+    write(tmp_path, {"t.txt": b"some text " * 10, "bad.txt": b"\xff"})
+    bad = command(*arguments, "--out_dir", "out", cwd=tmp_path)
+    assert bad.returncode in (1, 2) and words in bad.stderr and "Traceback" not in bad.stderr
+    assert not list(tmp_path.glob("out/*"))

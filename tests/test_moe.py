@@ -1,0 +1,176 @@
+"""The router and the experts, each against a loop too slow to be wrong."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import Gate, MoE, balance_loss, grouped_linear
+
+
+def slow_gate(gate, x):
+    """One token (D,) -> {expert: weight}, following §2.1.2 word by word."""
+    E, per_group = gate.weight.size(0), gate.weight.size(0) // gate.n_group
+    s = [1 / (1 + math.exp(-sum(a * b for a, b in zip(x.tolist(), e.tolist())))) for e in gate.weight]
+    biased = [s[i] + gate.e_score_correction_bias[i].item() for i in range(E)]
+    groups = [sorted(biased[g * per_group:(g + 1) * per_group], reverse=True)[:2] for g in range(gate.n_group)]
+    kept = sorted(range(gate.n_group), key=lambda g: -sum(groups[g]))[:gate.topk_group]
+    allowed = [i for i in range(E) if i // per_group in kept]
+    chosen = sorted(allowed, key=lambda i: -biased[i])[:gate.K]
+    total = sum(s[i] for i in chosen) if gate.norm_topk_prob else 1.0
+    return {i: s[i] / total * gate.scaling for i in chosen}
+
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(n_group=1, topk_group=1), dict(norm_topk_prob=False), dict(topk_group=1), dict(n_group=12, topk_group=5)])
+@pytest.mark.parametrize("bias", ["zero", "negative", "large"])
+def test_gate_against_a_loop(make_config, changes, bias):
+    gate = Gate(make_config(**changes))
+    torch.nn.init.normal_(gate.weight, std=0.3)
+    # every score + bias below 0: a mask of 0 instead of -inf would pick from the dropped groups
+    gate.e_score_correction_bias.copy_({"zero": torch.zeros(12), "negative": -1.5 - torch.rand(12),
+                                        "large": torch.randn(12) * 5}[bias])
+    x = torch.randn(40, 48)
+    weights, experts, scores = gate(x)
+    assert weights.dtype == scores.dtype == torch.float32
+    for n in range(40):
+        found = dict(zip(experts[n].tolist(), weights[n].tolist()))
+        assert found == pytest.approx(slow_gate(gate, x[n]), rel=1e-4)
+
+
+def test_bias_selects_but_does_not_weigh(make_config):
+    gate = Gate(make_config(n_group=1, topk_group=1))
+    torch.nn.init.normal_(gate.weight, std=0.3)
+    x = torch.randn(5, 48)
+    gate.e_score_correction_bias[4] = 100.0
+    weights, experts, scores = gate(x)
+    assert (experts == 4).any(-1).all()
+    torch.testing.assert_close(weights, 2.5 * scores.gather(1, experts) / scores.gather(1, experts).sum(-1, True))
+
+
+def test_gate_works_in_fp32_whatever_surrounds_it(make_config):
+    gate = Gate(make_config())
+    torch.nn.init.normal_(gate.weight, std=0.3)
+    x = torch.randn(5, 48)
+    expected = gate(x)[2]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(gate(x)[2], expected, rtol=0, atol=0)
+    gate.e_score_correction_bias.fill_(5.0)
+    gate.to(torch.bfloat16)
+    assert gate.weight.dtype == torch.bfloat16 and gate.e_score_correction_bias.dtype == torch.float32
+    gate.update_bias(torch.arange(12), 0.001)
+    assert gate.e_score_correction_bias[0].item() == pytest.approx(5.001, abs=1e-5)
+    assert gate.e_score_correction_bias[11].item() == pytest.approx(4.999, abs=1e-5)
+
+
+def slow_moe(moe, x):
+    """Token by token, expert by expert."""
+    experts, out = moe.experts, []
+    for token in x.flatten(0, 1):
+        weights, chosen, _ = moe.gate(token)
+        y = moe.shared_experts(token) if moe.n_shared else torch.zeros_like(token)
+        for w, e in zip(weights, chosen):
+            h = F.silu(experts.gate_proj[e] @ token) * (experts.up_proj[e] @ token)
+            y = y + w * (experts.down_proj[e] @ h)
+        out.append(y)
+    return torch.stack(out).view_as(x)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(n_shared_experts=2), dict(n_shared_experts=0),
+                                     dict(moe_intermediate_size=27)])      # 27: rows that grouped_mm can't take
+def test_moe_against_a_loop_forward_and_backward(make_model, changes):
+    moe = make_model(**changes).model.layers[1].mlp
+    moe.gate.e_score_correction_bias[7] = -100.0        # an expert without a token
+    x = torch.randn(2, 11, 48, requires_grad=True)
+    y, load, _ = moe(x)
+    assert load.sum() == 2 * 11 * 3 and load[7] == 0 and load.dtype == torch.int64
+    expected = slow_moe(moe, x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    towards = torch.randn_like(y)
+    inputs = [x, *moe.parameters()]
+    grads = torch.autograd.grad(y, inputs, towards)
+    for grad, slow in zip(grads, torch.autograd.grad(expected, inputs, towards), strict=True):
+        torch.testing.assert_close(grad, slow, rtol=1e-3, atol=1e-4)
+    gate_proj = grads[[name for name, _ in moe.named_parameters()].index("experts.gate_proj") + 1]
+    assert torch.all(gate_proj[7] == 0) and gate_proj[[i for i in range(12) if load[i]]].abs().amax((1, 2)).all()
+
+
+def test_load_counts_the_selected_experts(make_model):
+    moe = make_model().model.layers[1].mlp
+    x = torch.randn(2, 11, 48)
+    _, experts, _ = moe.gate(x)
+    assert moe(x)[1].tolist() == [int((experts == e).sum()) for e in range(12)]
+
+
+def test_grouped_linear_under_autocast():
+    x, w, ends = torch.randn(10, 16), torch.randn(3, 8, 16), torch.tensor([4, 4, 10], dtype=torch.int32)
+    expected = torch.cat([x[:4] @ w[0].T, x[4:] @ w[2].T])
+    torch.testing.assert_close(grouped_linear(x, w, ends), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = grouped_linear(x, w, ends)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.1)
+
+
+def test_balance_loss_on_numbers_by_hand():
+    # 1 sequence, 2 tokens, 3 experts, K = 1. Token 1 picks expert 0, token 2 expert 2.
+    scores = torch.tensor([[[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]]])
+    # f = 3/(1*2) * (1, 0, 1); P = ((0.6 + 0.2)/2, (0.3 + 0.2)/2, (0.1 + 0.6)/2)
+    assert balance_loss(scores, 1).item() == pytest.approx(1.5 * 0.4 + 1.5 * 0.35)
+    # affinities are normalised over all experts: scaling a token's scores changes nothing
+    assert balance_loss(scores * torch.tensor([[[1.0], [0.5]]]), 1).item() == pytest.approx(1.125)
+    # averaged over the sequences, each balanced by itself
+    lopsided = torch.tensor([[[0.8, 0.1, 0.1], [0.8, 0.1, 0.1]]])
+    assert balance_loss(lopsided, 1).item() == pytest.approx(3 * 0.8)
+    assert balance_loss(torch.cat([scores, lopsided]), 1).item() == pytest.approx((1.125 + 2.4) / 2)
+    assert balance_loss(torch.full((2, 6, 3), 0.5), 3).item() == pytest.approx(1.0)
+
+
+def test_balance_loss_pulls_towards_the_idle_expert():
+    scores = torch.tensor([[[0.8, 0.1, 0.1], [0.7, 0.2, 0.1]]], requires_grad=True)
+    balance_loss(scores, 1).backward()
+    assert (scores.grad[..., 0] > 0).all() and (scores.grad[..., 1:] < 0).all()
+
+
+def test_bias_update_on_numbers_by_hand(make_model):
+    model = make_model(num_nextn_predict_layers=1, bias_update_speed=0.01)      # 2 MoE layers and an MTP module
+    before = [g.clone() for name, g in model.named_buffers() if "bias" in name]
+    load = torch.tensor([[10, 0, 5] + [5] * 9, [5] * 12, [3] * 11 + [27]])      # means 5, 5, 5
+    model.update_router_bias(load)
+    signs = [[-1, 1, 0] + [0] * 9, [0] * 12, [1] * 11 + [-1]]
+    after = [g for name, g in model.named_buffers() if "bias" in name]
+    for a, b, sign in zip(after, before, signs, strict=True):
+        torch.testing.assert_close(a, b + 0.01 * torch.tensor(sign))
+    model.update_router_bias(load, speed=0.0)
+    torch.testing.assert_close(torch.stack(after), torch.stack([g for n, g in model.named_buffers() if "bias" in n]))
+    with pytest.raises(ValueError, match=r"\(3, 12\)"):
+        model.update_router_bias(load[:2])
+
+
+def test_the_load_of_micro_batches_adds_up(make_model):
+    model = make_model(num_nextn_predict_layers=1).train()
+    idx = torch.randint(0, 61, (4, 10))
+    whole = model(idx, idx)[2]["load"]
+    parts = model(idx[:2], idx[:2])[2]["load"] + model(idx[2:], idx[2:])[2]["load"]
+    assert whole.shape == (3, 12) and torch.equal(whole, parts)
+    assert whole.sum(1).tolist() == [4 * 10 * 3, 4 * 10 * 3, 4 * 9 * 3]
+
+
+def test_the_bias_balances_a_skewed_router(make_model):
+    model = make_model(num_nextn_predict_layers=0, n_group=1, topk_group=1).train()
+    idx = torch.randint(0, 61, (8, 32))
+    violation = lambda: (load := model(idx, idx)[2]["load"].float()).amax(1) / load.mean(1)
+    first = violation()
+    for _ in range(300):
+        model.update_router_bias(model(idx, idx)[2]["load"], speed=0.01)
+    assert (violation() < 1.3).all() and (first > 2).any()
+
+
+def test_only_training_moves_the_bias_and_only_by_the_update(make_model):
+    model = make_model(num_nextn_predict_layers=1).train()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    _, loss, _ = model(torch.randint(0, 61, (2, 9)), torch.randint(0, 61, (2, 9)))
+    loss.backward()
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    assert not any("bias" in name for name, _ in model.named_parameters())

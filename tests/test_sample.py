@@ -1,0 +1,187 @@
+"""Generation: what plain decoding gives, what speculation must not change, and sample.py's command line."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import model as model_module
+from model import sampling_probs
+
+
+def plain_greedy(model, idx, n):
+    for _ in range(n):
+        with torch.no_grad():
+            idx = torch.cat([idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)], 1)
+    return idx
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_greedy_is_the_argmax_of_the_whole_forward(make_model, depth, batch, monkeypatch):
+    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 5)
+    model = make_model(num_nextn_predict_layers=depth)
+    for T in (1, 2, 12):
+        idx = torch.randint(0, 61, (batch, T))
+        expected = plain_greedy(model, idx, 20)
+        for speculative in (None, False):
+            assert torch.equal(model.generate(idx, 20, temperature=0, speculative=speculative), expected)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small model that has learnt to count, MTP included, so that drafts are right most of the time."""
+    torch.manual_seed(0)
+    config = model_module.DeepSeekV3Config(
+        vocab_size=11, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
+        num_nextn_predict_layers=2, max_position_embeddings=128, initializer_range=0.1)
+    model = model_module.DeepSeekV3(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):        # t -> t + 1, or now and then t + 2: a choice that sampling has to get right
+        jumps = 1 + (torch.rand(16, 25) < 0.3).long()
+        tokens = jumps.cumsum(1) % 11
+        _, loss, aux = model(tokens[:, :-1], tokens[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.update_router_bias(aux["load"])
+    return model.eval()
+
+
+def test_drafts_are_accepted_and_change_nothing(trained):
+    idx = torch.tensor([[1, 2, 3, 4], [7, 9, 10, 0]])
+    expected = plain_greedy(trained, idx, 60)
+    for rows in (idx[:1], idx):
+        stats = {}
+        out = torch.cat([rows, *trained.generate_stream(rows, 60, temperature=0, stats=stats)], 1)
+        assert torch.equal(out, expected[:len(rows)])
+        assert stats["accepted"] / stats["drafted"] > 0.7 and stats["forwards"] < 35, stats
+
+
+def test_mtp_caches_are_right_after_rejections(trained, monkeypatch):
+    """Each draft must be what the MTP modules say of the whole sequence, computed without a cache."""
+    trained = copy.deepcopy(trained).requires_grad_(False)
+    for layer in trained.model.layers[2:]:      # worse drafts, for more rejections
+        layer.eh_proj.weight.data += 0.1 * torch.randn(layer.eh_proj.weight.shape)
+    calls = []
+    verify = trained._verify
+    monkeypatch.setattr(trained, "_verify", lambda drafts, q, *rest: (calls.append((drafts.clone(), q)),
+                                                                      verify(drafts, q, *rest))[1])
+    idx = torch.tensor([[1, 2, 3, 5, 6]])
+    steps, out = [], [idx]
+    for token in trained.generate_stream(idx, 90, temperature=1.0, generator=torch.Generator().manual_seed(1)):
+        steps.append((len(calls), sum(t.size(1) for t in out)))
+        out.append(token)
+    whole = torch.cat(out, 1)
+    rejected = 0
+    for number, (drafts, q) in enumerate(calls):
+        p = max(length for seen, length in steps if seen == number)        # position of the newest token then
+        h, sequence = trained._main(whole[:, :p])[0], torch.cat([whole[:, :p + 1], drafts], 1)
+        for k in (1, 2):
+            emb = trained.model.embed_tokens(sequence[:, k:p + k])
+            cos, sin = model_module.rope_cos_sin(trained.config, 0, p)
+            layer = trained.model.layers[1 + k]
+            h = layer(h, emb, cos, sin)[0]
+            expected = sampling_probs(trained.lm_head(layer.shared_head.norm(h[:, -1:])))
+            torch.testing.assert_close(q[k - 1], expected, rtol=0, atol=1e-4)
+        rejected += not torch.equal(drafts, whole[:, p + 1:p + 3])
+    assert rejected > 3 and len(calls) - rejected > 3
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=1.0), dict(temperature=1.7, top_k=4),
+                                      dict(temperature=1.5, top_p=0.8)])
+def test_speculation_keeps_the_distribution_exactly(trained, settings):
+    """Joint frequencies of 3 sampled tokens against the model's own probabilities, by a chi-square test."""
+    N, prompt = 6000, torch.tensor([[1, 2, 3]])
+    generator = torch.Generator().manual_seed(0)
+    idx = prompt.expand(2, -1)          # rows of a batch share the number of accepted drafts: they must not disturb
+    counts = torch.zeros(11, 11, 11)
+    stats = {}
+    # many rows of a batch would cut each other's drafts off: chunks of 2, with verification of depth 2
+    model = trained
+    for _ in range(N // 2):
+        out = torch.cat(list(model.generate_stream(idx, 3, generator=generator, stats=stats, **settings)), 1)
+        for row in out.tolist():
+            counts[tuple(row)] += 1
+    assert 0.1 < stats["accepted"] / stats["drafted"] < 0.95        # both outcomes are really tried
+
+    expected = torch.zeros(11, 11, 11)
+    with torch.no_grad():
+        first = sampling_probs(model(prompt)[0][:, -1], **settings)[0]
+        for a in range(11):
+            pa = torch.cat([prompt, torch.tensor([[a]])], 1)
+            second = sampling_probs(model(pa)[0][:, -1], **settings)[0]
+            pab = torch.cat([pa.expand(11, -1), torch.arange(11)[:, None]], 1)
+            third = sampling_probs(model(pab)[0][:, -1], **settings)
+            expected[a] = first[a] * second[:, None] * third
+    expected = expected * N
+    assert counts[expected == 0].sum() == 0         # nothing that top_k or top_p cut off
+    common = expected >= 5
+    chi2 = ((counts - expected)[common] ** 2 / expected[common]).sum()
+    rest = (counts[~common].sum() - expected[~common].sum()) ** 2 / expected[~common].sum().clamp(min=1)
+    dof = int(common.sum())
+    assert chi2 + rest < dof + 4 * math.sqrt(2 * dof), (chi2, rest, dof)
+
+
+@pytest.mark.parametrize("speculative", [None, False])
+def test_stop_and_max_new_tokens_are_exact(trained, speculative):
+    idx = torch.tensor([[1, 2, 3], [6, 7, 8]])
+    for n in (0, 1, 2, 3, 7):
+        assert trained.generate(idx, n, temperature=0, speculative=speculative).shape == (2, 3 + n)
+    free = trained.generate(idx, 12, temperature=0, speculative=speculative)
+    assert free[0].tolist() != free[1].tolist()
+    first = trained.generate(idx[:1], 12, temperature=0, speculative=speculative, stop=[6])[0].tolist()
+    assert first == free[0].tolist()[:free[0].tolist().index(6, 3) + 1]         # the stop token is the last one
+    both = trained.generate(idx, 12, temperature=0, speculative=speculative, stop=[0])
+    for row, unstopped in zip(both.tolist(), free.tolist()):
+        end = unstopped.index(0, 3) + 1
+        assert row[:end] == unstopped[:end] and set(row[end:]) <= {0}
+    assert both.size(1) == max(row.index(0, 3) for row in free.tolist()) + 1
+
+
+def test_streaming_yields_what_generate_returns(trained):
+    idx = torch.tensor([[1, 2, 3]])
+    stream = trained.generate_stream(idx, 9, generator=torch.Generator().manual_seed(5))
+    assert next(stream).shape == (1, 1)
+    whole = trained.generate(idx, 9, generator=torch.Generator().manual_seed(5))
+    streamed = list(trained.generate_stream(idx, 9, generator=torch.Generator().manual_seed(5)))
+    assert torch.equal(torch.cat([idx, *streamed], 1), whole)
+
+
+def test_generation_does_not_touch_the_model(trained):
+    before = {k: v.clone() for k, v in trained.state_dict().items()}
+    trained.train()
+    trained.generate(torch.tensor([[1]]), 5)
+    assert trained.training
+    trained.eval()
+    assert all(torch.equal(v, before[k]) for k, v in trained.state_dict().items())
+
+
+def test_sampling_probs():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    p = logits.softmax(-1)
+    torch.testing.assert_close(sampling_probs(logits), p)
+    torch.testing.assert_close(sampling_probs(logits, 0.5), (logits * 2).softmax(-1))
+    assert sampling_probs(logits, 0).tolist() == [1, 0, 0, 0]
+    torch.testing.assert_close(sampling_probs(logits, top_k=2), torch.cat([p[:2] / p[:2].sum(), torch.zeros(2)]))
+    # 0.64 alone doesn't reach 0.7, 0.64 + 0.24 does
+    torch.testing.assert_close(sampling_probs(logits, top_p=0.7), torch.cat([p[:2] / p[:2].sum(), torch.zeros(2)]))
+    assert sampling_probs(logits, top_p=1e-6).tolist() == [1, 0, 0, 0]
+    assert sampling_probs(logits, 1e-30).tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(temperature=-1.0), "temperature"), (dict(temperature=math.nan), "temperature"), (dict(top_k=0), "top_k"),
+    (dict(top_p=0.0), "top_p"), (dict(top_p=1.5), "top_p"), (dict(max_new_tokens=-1), "max_new_tokens"),
+    (dict(max_new_tokens=200), "YaRN"), (dict(idx=torch.zeros(1, 0, dtype=torch.int64)), "prompt is empty")])
+def test_bad_arguments_get_one_sentence(trained, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        trained.generate(**{"idx": torch.tensor([[1, 2]]), "max_new_tokens": 3, **arguments})
+
+
+def test_speculation_without_mtp_is_refused(make_model):
+    with pytest.raises(ValueError, match="MTP"):
+        make_model(num_nextn_predict_layers=0).generate(torch.tensor([[1]]), 2, speculative=True)

@@ -1,0 +1,373 @@
+"""train.py as a program: schedules, data order, checkpoints, resuming, Ctrl-C, and bad input."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data.prepare import prepare
+from model import DeepSeekV3, DeepSeekV3Config
+
+ROOT = Path(__file__).parent.parent
+SHAPE = ("--hidden_size 32 --intermediate_size 48 --moe_intermediate_size 16 --num_hidden_layers 2 "
+         "--num_attention_heads 2 --q_lora_rank 16 --kv_lora_rank 16 --qk_nope_head_dim 8 --qk_rope_head_dim 8 "
+         "--v_head_dim 8 --n_routed_experts 4 --num_experts_per_tok 2 --n_group 2 --topk_group 2 "
+         "--block_size 32 --batch_size 4 --device cpu").split()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(40):
+        (folder / f"text{i:02}.txt").write_text("".join(f"line {j} of {i}: {j * j % 17}\n" for j in range(40)))
+    prepare(folder / "tokens", input=folder)
+    return folder / "tokens"
+
+
+def command(data_dir, out_dir, *flags, script="train.py"):
+    if script == "train.py":
+        flags = ["--data_dir", str(data_dir), "--out_dir", str(out_dir), *SHAPE, *flags]
+    return [sys.executable, str(ROOT / script), *map(str, flags)]
+
+
+def run(*args, **kwargs):
+    return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, timeout=120)
+
+
+def ok(*args, **kwargs):
+    done = run(*args, **kwargs)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def log(out_dir):
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+def checkpoint(out_dir):
+    return torch.load(out_dir / "ckpt.pt", weights_only=True)
+
+
+def assert_equal_runs(a, b):
+    """Weights, optimizer state, router bias, position: bit for bit."""
+    a, b = checkpoint(a), checkpoint(b)
+    for key in ("step", "samples", "config", "meta"):
+        assert a[key] == b[key]
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and a["model"].keys() == b["model"].keys()
+    for one, other in zip(a["optimizers"], b["optimizers"], strict=True):
+        for i in one["state"]:
+            assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(other["state"][i][k]))
+                       for k, v in one["state"][i].items())
+
+
+def test_trains_logs_and_samples(data_dir, tmp_path):
+    ok(data_dir, tmp_path / "out", "--max_iters", 60, "--learning_rate", 1e-2, "--eval_interval", 30, "--log_interval", 5)
+    entries = log(tmp_path / "out")
+    assert [e["iter"] for e in entries] == [1, *range(5, 61, 5)]
+    keys = {"iter", "loss", "main_loss", "mtp_loss", "balance_loss", "lr", "grad_norm", "tokens_per_s", "mfu",
+            "max_vio", "elapsed_s"}
+    assert all(keys <= e.keys() for e in entries) and all(math.isfinite(e["loss"]) for e in entries)
+    assert [e["iter"] for e in entries if "val_loss" in e] == [30, 60]
+    last = entries[-1]
+    assert last["main_loss"] < entries[0]["main_loss"] - 1.5
+    assert last["val_bpb"] == pytest.approx(last["val_loss"] / math.log(2), rel=0.05)       # bytes, but for separators
+    assert last["loss"] == pytest.approx(last["main_loss"] + 0.1 * last["mtp_loss"] + 1e-4 * last["balance_loss"])
+    assert entries[-1]["elapsed_s"] > entries[0]["elapsed_s"] > 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"ckpt.pt", "log.jsonl"}
+
+    for ckpt in (tmp_path / "out", tmp_path / "out" / "ckpt.pt"):
+        done = ok(None, None, "--ckpt", ckpt, "--prompt", "line 3", "--max_new_tokens", 40, "--temperature", 0.5,
+                  script="sample.py")
+        assert "line 3" in done.stdout and "tokens per forward pass" in done.stderr
+        assert len(re.findall(r"of|\d", done.stdout.split("line 3", 1)[1])) >= 3
+    again = ok(None, None, "--ckpt", ckpt, "--prompt", "line 3", "--max_new_tokens", 40, "--temperature", 0.5,
+               script="sample.py")
+    assert again.stdout == done.stdout
+    greedy = [ok(None, None, "--ckpt", ckpt, "--temperature", 0, "--max_new_tokens", 40, "--num_samples", 2, *flags,
+                 script="sample.py").stdout for flags in ([], ["--no-speculative"])]
+    assert greedy[0] == greedy[1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(data_dir, tmp_path, optimizer):
+    flags = ["--max_iters", 30, "--eval_interval", 15, "--log_interval", 1, "--optimizer", optimizer,
+             "--gradient_accumulation_steps", 2, "--bias_update_speed", 0.01]
+    ok(data_dir, tmp_path / "whole", *flags)
+    process = subprocess.Popen(command(data_dir, tmp_path / "cut", *flags), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step 7/"):
+            process.send_signal(signal.SIGINT)
+            break
+    said = process.stdout.read()
+    assert process.wait() == 130 and "--resume" in said and "Traceback" not in said, said
+    stopped = checkpoint(tmp_path / "cut")["step"]
+    assert 7 <= stopped < 30
+    # as after a kill -9: log.jsonl is ahead of the checkpoint, its last line torn
+    with open(tmp_path / "cut" / "log.jsonl", "a") as f:
+        f.write('{"iter": 29, "loss": 1.0}\n{"iter": 30, "lo')
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--resume", "--out_dir", str(tmp_path / "cut")],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"at step {stopped}" in done.stdout
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+    whole, cut = log(tmp_path / "whole"), log(tmp_path / "cut")
+    assert [e["iter"] for e in cut] == [e["iter"] for e in whole]
+    assert [e["loss"] for e in cut] == [e["loss"] for e in whole]
+
+
+def test_resume_can_lengthen_a_run_but_not_change_it(data_dir, tmp_path):
+    ok(data_dir, tmp_path, "--max_iters", 4)
+    for flag, value in ("--hidden_size", 64), ("--seed", 3), ("--batch_size", 2), ("--optimizer", "muon"):
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--resume", "--out_dir", str(tmp_path), flag,
+                               str(value)], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and f"{flag} {value} contradicts" in done.stderr and "Traceback" not in done.stderr
+    ok(data_dir, tmp_path, "--resume", "--max_iters", 6)
+    assert checkpoint(tmp_path)["step"] == 6
+
+
+def test_accumulated_micro_batches_equal_the_large_batch(data_dir, tmp_path):
+    """AdamW's first steps only see the gradient's sign, so the router's bias, losses and norms are compared."""
+    common = ["--max_iters", 3, "--log_interval", 1, "--balance_loss_alpha", 0, "--eval_interval", 3]
+    ok(data_dir, tmp_path / "a", *common, "--batch_size", 8)
+    ok(data_dir, tmp_path / "b", *common, "--batch_size", 2, "--gradient_accumulation_steps", 4)
+    for a, b in zip(log(tmp_path / "a"), log(tmp_path / "b"), strict=True):
+        for key in ("loss", "main_loss", "mtp_loss", "grad_norm", "max_vio"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3), key
+    a, b = checkpoint(tmp_path / "a")["model"], checkpoint(tmp_path / "b")["model"]
+    for name in a:
+        if "e_score_correction_bias" in name:
+            torch.testing.assert_close(a[name], b[name])
+            assert a[name].abs().max() > 0
+
+
+def test_masked_documents_train(data_dir, tmp_path):
+    ok(data_dir, tmp_path / "a", "--max_iters", 2, "--block_size", 512, "--mask_documents")
+    ok(data_dir, tmp_path / "b", "--max_iters", 2, "--block_size", 512)
+    assert log(tmp_path / "a")[0]["main_loss"] != log(tmp_path / "b")[0]["main_loss"]
+
+
+def test_bfloat16_trains(data_dir, tmp_path):
+    ok(data_dir, tmp_path / "a", "--max_iters", 3, "--dtype", "bfloat16")
+    ok(data_dir, tmp_path / "b", "--max_iters", 3)
+    a, b = log(tmp_path / "a")[0]["main_loss"], log(tmp_path / "b")[0]["main_loss"]
+    assert a != b and a == pytest.approx(b, rel=0.01)
+    assert all(v.dtype == torch.float32 for v in checkpoint(tmp_path / "a")["model"].values())
+
+
+def test_validation_counts_every_token_once(tmp_path):
+    text = b"".join(b"%d squared is %d\n" % (i, i * i) for i in range(300))
+    (tmp_path / "text.txt").write_bytes(text)
+    meta = prepare(tmp_path / "d", input=tmp_path / "text.txt")
+    val = text[len(text) * 9 // 10:]
+    v = train.Validation(tmp_path / "d" / "val.bin", meta, (tmp_path / "d" / "encoding.json").read_text(), 32)
+    assert v.n == v.bytes == len(val)
+    assert bytes(v.y[v.y != -100].tolist()) == val
+    assert v.x[0, 0] == meta["separator"] and bytes(v.x.flatten()[1:v.n].tolist()) == val[:-1]
+    assert int((v.y != -100).sum()) == len(val) and v.x.shape[1] == 32
+
+    config = DeepSeekV3Config.preset("tiny")
+    model = DeepSeekV3(config)
+    with torch.no_grad():
+        nats = 0.0
+        for i in range(0, len(val), 32):
+            row = [meta["separator"], *val][i:i + 32 + 1]
+            logp = model(torch.tensor([row[:-1]]))[0].log_softmax(-1)[0]
+            nats -= sum(logp[j, token].item() for j, token in enumerate(row[1:]))
+    found = v.evaluate(model, 4, torch.device("cpu"), torch.no_grad, lambda x: None)
+    assert found["val_loss"] == pytest.approx(nats / len(val), rel=1e-4)
+    assert found["val_bpb"] == pytest.approx(nats / len(val) / math.log(2), rel=1e-4)
+    assert model.training
+
+
+def test_validation_stops_at_256_kb(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"0123456789abcde\n" * 180_000)
+    meta = prepare(tmp_path / "d", input=tmp_path / "text.txt")
+    v = train.Validation(tmp_path / "d" / "val.bin", meta, (tmp_path / "d" / "encoding.json").read_text(), 256)
+    assert meta["val_tokens"] > 2**18 and v.bytes == v.n == 2**18
+
+
+def test_an_epoch_shows_each_window_once_and_the_next_one_another_cut(tmp_path):
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    tokens = train.Tokens(tmp_path / "train.bin", {"dtype": "uint16"}, 16, 1000, seed=1)
+    epochs = []
+    for epoch in range(2):
+        x, y = tokens.batch(epoch * tokens.windows, tokens.windows)
+        assert torch.equal(y, x + 1)
+        seen = x.flatten().tolist()
+        assert len(set(seen)) == len(seen) >= 1000 - 3 * 16
+        epochs.append(x[:, 0].tolist())
+    assert sorted(epochs[0]) != sorted(epochs[1]) and epochs[0] != sorted(epochs[0])
+    fresh = train.Tokens(tmp_path / "train.bin", {"dtype": "uint16"}, 16, 1000, seed=1)      # a sample depends on its number only
+    assert torch.equal(fresh.batch(70, 3)[0], torch.cat([tokens.batch(n, 1)[0] for n in (70, 71, 72)]))
+    other = train.Tokens(tmp_path / "train.bin", {"dtype": "uint16"}, 16, 1000, seed=2)
+    assert not torch.equal(other.batch(0, 5)[0], tokens.batch(0, 5)[0])
+
+
+def test_a_token_outside_the_vocabulary_is_named(tmp_path):
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match=r"token \d\d, outside the model's vocabulary of 64"):
+        train.Tokens(tmp_path / "train.bin", {"dtype": "uint16"}, 16, 64, seed=1).batch(0, 5)
+
+
+def test_schedule_has_the_report_s_corners():
+    lr = lambda tokens: train.schedule(tokens / 14.8e12)[0]
+    assert train.schedule(0)[0] == 0 and train.schedule(0.01)[0] == pytest.approx(0.5) and train.schedule(0.02)[0] == 1
+    assert lr(9.99e12) == 1 and lr(14.29e12) == pytest.approx(0.1, abs=1e-4)
+    assert lr((10e12 + 14.3e12) / 2) == pytest.approx(0.55, abs=1e-6)        # half-way down the cosine
+    assert 2.2e-4 * lr(14.4e12) == pytest.approx(2.2e-5) and 2.2e-4 * lr(14.7e12) == pytest.approx(7.3e-6, rel=0.01)
+    assert [train.schedule(t / 14.8)[1] for t in (0, 14.2, 14.31, 14.8)] == [1, 1, 0, 0]                 # gamma
+    assert [0.3 * train.schedule(t / 14.8)[2] for t in (0, 9.9, 10.01, 14.8)] == pytest.approx([0.3, 0.3, 0.1, 0.1])
+
+
+def test_weight_decay_touches_matrices_only():
+    model = DeepSeekV3(DeepSeekV3Config.preset("tiny"))
+    optimizer, = train.make_optimizers(model, train.TrainConfig(learning_rate=1e-3), torch.device("cpu"))
+    decayed = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(decayed) == len(list(model.parameters())) and all(g["betas"] == (0.9, 0.95) for g in optimizer.param_groups)
+    for name, p in model.named_parameters():
+        assert decayed[id(p)] == (0.0 if "norm" in name else 0.1), name
+
+
+def test_muon_takes_the_hidden_matrices_and_each_expert_by_itself():
+    model = DeepSeekV3(DeepSeekV3Config.preset("tiny"))
+    muon, adamw = train.make_optimizers(model, train.TrainConfig(learning_rate=0.01, optimizer="muon"),
+                                        torch.device("cpu"))
+    experts = model.model.layers[1].mlp.experts
+    before, untouched = experts.down_proj.detach().clone(), model.lm_head.weight.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    experts.down_proj.grad[3] = 0       # an expert without a token
+    muon.step()
+    update = before * (1 - 0.01 * 0.1) - experts.down_proj.detach()
+    assert torch.equal(model.lm_head.weight, untouched) and torch.all(update[3].abs() < 1e-7)
+    for e in (0, 5):
+        alone = torch.nn.Parameter(before[e].clone())
+        reference = torch.optim.Muon([alone], lr=0.01, adjust_lr_fn="match_rms_adamw")
+        alone.grad = experts.down_proj.grad[e]
+        reference.step()
+        torch.testing.assert_close(experts.down_proj[e], alone, rtol=1e-5, atol=1e-6)
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_adamw = {names[id(p)] for g in adamw.param_groups for p in g["params"]}
+    assert {n for n in names.values() if "norm" in n} | {"lm_head.weight", "model.embed_tokens.weight"} == by_adamw
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--preset", "huge"], "unknown preset 'huge'"),
+    (["--hidden_sise", "3"], "--hidden_sise"),
+    (["--vocab_size", "100"], "vocabulary of 257 tokens, which doesn't fit --vocab_size 100"),
+    (["--max_position_embeddings", "16"], "YaRN"),
+    (["--n_routed_experts", "5"], "not divisible"),
+    (["--num_experts_per_tok", "5"], "more than the 4 experts"),
+    (["--qk_rope_head_dim", "7"], "even"),
+    (["--max_iters", "0"], "--max_iters must be at least 1"),
+    (["--learning_rate", "nan"], "--learning_rate"),
+    (["--optimizer", "sgd"], "'sgd'"),
+    (["--dtype", "float16"], "'float16'"),
+    (["--device", "cuda:77"], "--device cuda:77"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--block_size", "100000", "--max_position_embeddings", "200000"], "too few"),
+    (["--resume"], "no checkpoint"),
+    (["--rope_scaling", "{"], "--rope_scaling"),
+])
+def test_bad_flags_end_in_one_sentence(data_dir, tmp_path, flags, words, capsys):
+    with pytest.raises(SystemExit) as e:
+        train.main(["--data_dir", str(data_dir), "--out_dir", str(tmp_path / "out"), *SHAPE, *flags])
+    said = capsys.readouterr().err if e.value.code == 2 else str(e.value.code)      # 2: argparse's own
+    assert words in said and not (tmp_path / "out").exists()
+
+
+def damage(data_dir, folder, name, content):
+    folder.mkdir()
+    for path in data_dir.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("train.bin", None, "has no train.bin"), ("train.bin", b"", "is empty"), ("val.bin", b"", "is empty"),
+    ("meta.json", None, "has no meta.json"), ("meta.json", b"{", "meta.json"), ("meta.json", b"[]", "meta.json"),
+    ("meta.json", b'{"dtype": "float99", "vocab_size": 9, "separator": 3}', "meta.json"),
+    ("encoding.json", b"{}", "encoding"), ("train.bin", b"\0" * 8, "too few"), ("val.bin", b"\xff" * 80, "65535"),
+    ("train.bin", b"\0" * 333, "train.bin"),
+])
+def test_damaged_data_end_in_one_sentence(data_dir, tmp_path, name, content, words):
+    folder = damage(data_dir, tmp_path / "d", name, content)
+    with pytest.raises(SystemExit, match="^train.py: ") as e:
+        train.main(["--data_dir", str(folder), "--out_dir", str(tmp_path / "out"), *SHAPE])
+    assert words in str(e.value.code) and "\n" not in str(e.value.code) and not (tmp_path / "out").exists()
+
+
+def test_a_run_is_never_overwritten(data_dir, tmp_path):
+    flags = ["--data_dir", str(data_dir), "--out_dir", str(tmp_path), *SHAPE]
+    (tmp_path / "ckpt.pt").write_bytes(b"precious")
+    for extra, words in ([], "holds an earlier run"), (["--resume"], "is damaged or not a checkpoint"):
+        with pytest.raises(SystemExit, match="^train.py: ") as e:
+            train.main([*flags, *extra])
+        assert words in str(e.value.code) and "\n" not in str(e.value.code)
+    assert (tmp_path / "ckpt.pt").read_bytes() == b"precious"
+
+
+def test_a_failed_write_keeps_the_checkpoint(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(b"old")
+
+    def full_disk(f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        train.write_atomically(path, full_disk)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pickle_is_not_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    torch.save({"model": Evil()}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+        train.load_checkpoint(tmp_path / "ckpt.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--ckpt", "nowhere"], "--ckpt nowhere does not exist"),
+    (["--ckpt", "{empty}"], "no checkpoint"),
+    (["--ckpt", "{out}", "--prompt", ""], "prompt is empty"),
+    (["--ckpt", "{out}", "--prompt", "a\udcffb"], "'\\udcff' at character 1"),
+    (["--ckpt", "{out}", "--prompt", "FILE:nowhere.txt"], "nowhere.txt"),
+    (["--ckpt", "{out}", "--prompt", "FILE:{latin}"], "not UTF-8"),
+    (["--ckpt", "{out}", "--temperature", "-1"], "temperature"),
+    (["--ckpt", "{out}", "--top_p", "2"], "top_p"),
+    (["--ckpt", "{out}", "--max_new_tokens", "9999"], "YaRN"),
+    (["--ckpt", "{out}", "--num_sampels", "1"], "--num_sampels"),
+    (["--ckpt", "{out}", "--num_samples", "0"], "--num_samples"),
+])
+def test_sample_s_bad_input_ends_in_one_sentence(data_dir, tmp_path_factory, flags, words, capsys):
+    import sample
+    base = tmp_path_factory.getbasetemp()
+    if not (base / "sampled").exists():
+        train.main(["--data_dir", str(data_dir), "--out_dir", str(base / "sampled"), *SHAPE, "--max_iters", "1"])
+        (base / "latin.txt").write_bytes("café".encode("latin-1"))
+        (base / "empty").mkdir()
+    names = {"out": base / "sampled", "latin": base / "latin.txt", "empty": base / "empty"}
+    with pytest.raises(SystemExit) as e:
+        sample.main([flag.format(**names) for flag in flags])
+    said = capsys.readouterr().err if e.value.code == 2 else str(e.value.code)
+    assert words in said and "\n" not in said.removeprefix("usage").split("error:")[-1].strip()

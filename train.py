@@ -1,0 +1,494 @@
+"""
+Train a DeepSeek-V3 on one device.
+
+    python train.py                                   # 1M active parameters on the Python standard library's source
+    python train.py --preset small --data_dir data/fineweb
+    python train.py --resume                          # go on where out/ckpt.pt stopped
+    python train.py --preset tiny --n_routed_experts 32 --num_nextn_predict_layers 2    # any field of the model's config
+
+Writes OUT_DIR/ckpt.pt (the last checkpoint, with all that sample.py and --resume need) and OUT_DIR/log.jsonl.
+"""
+
+import time
+START = time.monotonic()    # before torch, whose import takes seconds
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.prepare import prepare
+from data.tokenizer import encoding_from_json, token_lengths
+from model import DeepSeekV3, DeepSeekV3Config
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: every field is a flag
+
+def option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    preset: str = option("tiny", "model and recipe to start from: tiny, small, 16b, 671b")
+    data_dir: str = option("data/stdlib", "folder with train.bin and val.bin; prepared if there is nothing in it yet")
+    out_dir: str = option("out", "folder for ckpt.pt and log.jsonl")
+    resume: bool = option(False, "go on from OUT_DIR/ckpt.pt, with its settings")
+    device: str = option("auto", "cuda, mps or cpu; auto: the first of these that is there")
+    dtype: str = option("auto", "of the computation, float32 or bfloat16; auto: bfloat16 on a GPU that has it")
+    compile: bool = option(None, "torch.compile the model; default: on a GPU")
+    seed: int = option(1337, "of the initial weights and of the order of the data")
+    max_iters: int = option(None, "optimizer steps")
+    batch_size: int = option(None, "sequences of a micro-batch")
+    block_size: int = option(None, "tokens of a sequence")
+    gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step")
+    optimizer: str = option("adamw", "adamw, or muon for the hidden matrices with adamw for the rest")
+    learning_rate: float = option(None, "the peak")
+    mask_documents: bool = option(False, "keep attention and MTP from crossing documents (the report doesn't, in "
+                                         "pre-training)")
+    eval_interval: int = option(None, "steps between evaluations, each with a checkpoint; default: a fifth of the run")
+    log_interval: int = option(10, "steps between progress lines")
+
+
+# What the flags above default to, by preset. "tiny" was measured on two CPU cores (README); the others follow common
+# practice for their size, 671b the report (§4.2), and have not been run.
+RECIPES = {
+    "tiny": dict(max_iters=600, batch_size=16, block_size=256, learning_rate=3e-3),
+    "small": dict(max_iters=20000, batch_size=32, block_size=1024, learning_rate=6e-4),
+    "16b": dict(max_iters=100000, batch_size=8, block_size=4096, learning_rate=4.2e-4),
+    "671b": dict(max_iters=235000, batch_size=8, block_size=4096, learning_rate=2.2e-4),
+}
+
+
+def parse_args(argv):
+    """-> dict of the flags that were given, defaults left out."""
+    def int_or_none(text):
+        return None if text.lower() == "none" else int(text)
+
+    def flag(f):
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        else:
+            kind = dict(type={"q_lora_rank": int_or_none, "rope_scaling": json.loads}.get(f.name, f.type))
+        return dict(default=argparse.SUPPRESS, help=f.metadata.get("help"), **kind)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    for f in dataclasses.fields(TrainConfig):
+        parser.add_argument(f"--{f.name}", **flag(f))
+    group = parser.add_argument_group("the model's config (defaults: the preset's)")
+    for f in dataclasses.fields(DeepSeekV3Config):
+        group.add_argument(f"--{f.name}", **flag(f))
+    return vars(parser.parse_args(argv))
+
+
+def configure(given):
+    """The flags that were given -> TrainConfig, DeepSeekV3Config and, with --resume, the checkpoint (else None)."""
+    train_fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    train_flags = {k: v for k, v in given.items() if k in train_fields}
+    model_flags = {k: v for k, v in given.items() if k not in train_fields}
+    path = Path(given.get("out_dir", TrainConfig.out_dir), "ckpt.pt")
+    if given.get("resume"):
+        ckpt = load_checkpoint(path)
+        for key, value in {**model_flags, **{k: v for k, v in train_flags.items() if k in FIXED_ON_RESUME}}.items():
+            saved = {**ckpt["config"], **ckpt["train_config"]}[key]
+            if value != saved:
+                raise ValueError(f"--{key} {value} contradicts {path}, which was trained with {key}={saved}; leave "
+                                 "the flag out, or start a new run in another --out_dir")
+        cfg = TrainConfig(**{**ckpt["train_config"], **train_flags})
+        return cfg, DeepSeekV3Config(**ckpt["config"]), ckpt
+    if path.exists():
+        raise ValueError(f"{path} holds an earlier run; go on with it by --resume, or start anew in another --out_dir")
+    config = DeepSeekV3Config.preset(given.get("preset", TrainConfig.preset))
+    config = dataclasses.replace(config, **model_flags)
+    cfg = TrainConfig(**{**RECIPES[given.get("preset", TrainConfig.preset)], **train_flags})
+    if cfg.eval_interval is None:
+        cfg.eval_interval = max(cfg.max_iters // 5, 1)
+    for name in ("max_iters", "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval",
+                 "log_interval"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(cfg, name)}")
+    if not 0 < cfg.learning_rate < math.inf:
+        raise ValueError(f"--learning_rate must be a finite number over 0, got {cfg.learning_rate}")
+    if cfg.optimizer not in ("adamw", "muon"):
+        raise ValueError(f"--optimizer {cfg.optimizer!r} is unknown; choose adamw or muon")
+    if cfg.block_size > config.max_position_embeddings:
+        raise ValueError(f"--block_size {cfg.block_size} is more than max_position_embeddings="
+                         f"{config.max_position_embeddings}; lower it, raise --max_position_embeddings, or extend a "
+                         "trained model with YaRN (--rope_scaling)")
+    return cfg, config, None
+
+
+# what --resume can't change: the order of the data and the optimizer's state depend on these
+FIXED_ON_RESUME = ("preset", "seed", "batch_size", "block_size", "gradient_accumulation_steps", "optimizer")
+
+
+def pick_device(cfg):
+    """-> torch.device, dtype of the computation."""
+    name = cfg.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name} can't be used here: {str(e).splitlines()[0]}") from None
+    if cfg.dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
+    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and name == "cuda" and torch.cuda.is_bf16_supported(False)
+    return device, torch.bfloat16 if bf16 else torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+def open_bin(path, meta):
+    """The tokens of a .bin file, (n,) uint16 or uint32, mapped from disk."""
+    size = np.dtype(meta["dtype"]).itemsize
+    if path.stat().st_size % size:
+        raise ValueError(f"{path} is cut off in the middle of a token; delete the folder and prepare the data again")
+    return np.memmap(path, meta["dtype"], mode="r")
+
+
+class Tokens:
+    """The windows of a .bin file, in an order that depends on the seed and the sample's number only.
+
+    Each epoch cuts the file anew, at a random offset, into windows that don't overlap, and shuffles them. So sample
+    number n is the same whatever came before: a resumed run needs nothing but n.
+    """
+
+    def __init__(self, path, meta, block_size, vocab_size, seed):
+        self.path, self.T, self.vocab_size, self.seed = path, block_size, vocab_size, seed
+        self.tokens = open_bin(path, meta)
+        if len(self.tokens) <= block_size:
+            raise ValueError(f"{path} holds {len(self.tokens)} tokens, too few for one window of --block_size "
+                             f"{block_size} and the token after it; give more data or a smaller block")
+        self.windows = max((len(self.tokens) - 1) // block_size - 1, 1)     # one less: room for the offset
+        self.epoch = None
+
+    def batch(self, n, count):
+        """Samples n..n+count-1: x, y (count, T) int64, y shifted by one."""
+        rows = []
+        for i in range(n, n + count):
+            epoch, j = divmod(i, self.windows)
+            if epoch != self.epoch:
+                rng = np.random.default_rng([self.seed, epoch])
+                spare = min(len(self.tokens) - 1 - self.windows * self.T, self.T - 1)
+                self.epoch, self.offset, self.order = epoch, rng.integers(spare + 1), rng.permutation(self.windows)
+            at = self.offset + self.order[j] * self.T
+            rows.append(self.tokens[at:at + self.T + 1])
+        rows = np.stack(rows)
+        if rows.max() >= self.vocab_size:       # on a GPU the model can't look without a stall
+            raise ValueError(f"{self.path} holds token {rows.max()}, outside the model's vocabulary of "
+                             f"{self.vocab_size}; prepare the data again, or raise --vocab_size")
+        rows = torch.from_numpy(rows.astype(np.int64))
+        return rows[:, :-1], rows[:, 1:]
+
+
+def read_meta(path):
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta["dtype"] in ("uint16", "uint32") and 0 <= meta["separator"] < meta["vocab_size"] < 2**31:
+            return meta
+    except (ValueError, KeyError, TypeError):
+        pass        # the same sentence for all that can be wrong with it
+    raise ValueError(f"{path} is damaged; delete the folder and prepare the data again")
+
+
+def open_data(cfg, config, vocab_size_given):
+    """-> meta.json's dict, encoding.json's text and the train Tokens. Prepares the data first where there are none, and
+    sizes config.vocab_size to them unless it was given."""
+    data_dir = Path(cfg.data_dir)
+    if not data_dir.exists() or data_dir.is_dir() and not any(data_dir.iterdir()):
+        source = data_dir.name if data_dir.name in ("shakespeare", "fineweb") else "stdlib"
+        print(f"{data_dir} has no data yet: preparing {source}")
+        prepare(data_dir, source=source)
+    for name in ("meta.json", "encoding.json", "train.bin", "val.bin"):
+        if not (data_dir / name).is_file():
+            raise ValueError(f"{data_dir} has no {name}; prepare your text with: python data/prepare.py --input "
+                             f"FILE_OR_DIR --out_dir {data_dir}")
+        if not (data_dir / name).stat().st_size:
+            raise ValueError(f"{data_dir / name} is empty; delete the folder and prepare the data again")
+    meta = read_meta(data_dir / "meta.json")
+    encoding = (data_dir / "encoding.json").read_text(encoding="utf-8")
+    if not vocab_size_given:
+        config.vocab_size = -(-meta["vocab_size"] // 64) * 64       # a multiple of 64: tensor cores like it
+    elif meta["vocab_size"] > config.vocab_size:
+        raise ValueError(f"the data in {data_dir} have a vocabulary of {meta['vocab_size']} tokens, which doesn't fit "
+                         f"--vocab_size {config.vocab_size}; raise it, or leave the flag out")
+    return meta, encoding, Tokens(data_dir / "train.bin", meta, cfg.block_size, config.vocab_size, cfg.seed)
+
+
+class Validation:
+    """Mean loss over the validation split, or its first 256 KB of text: windows without overlap, every token counted.
+
+    The first token follows a document separator, unless it is one itself, and a window's first token the last of the
+    window before, so that only the context restarts with the window.
+    """
+
+    def __init__(self, path, meta, encoding, block_size):
+        lengths, separator = token_lengths(encoding_from_json(encoding)), meta["separator"]
+        tokens = open_bin(path, meta)[:4 * 2**18].astype(np.int64)
+        if tokens.max() >= len(lengths):
+            raise ValueError(f"{path} holds token {tokens.max()}, outside the tokenizer's vocabulary of {len(lengths)};"
+                             " prepare the data again")
+        ends = lengths[tokens].cumsum()
+        tokens = tokens[:np.searchsorted(ends, 2**18, side="right")]
+        if tokens[0] != separator:
+            tokens = np.concatenate([[separator], tokens])
+        self.n, self.bytes = len(tokens) - 1, int(lengths[tokens[1:]].sum())
+        if not self.bytes:
+            raise ValueError(f"{path} holds no text to evaluate on; prepare more data")
+        rows = -(-self.n // block_size)
+        self.x = torch.full((rows * block_size,), separator)
+        self.y = torch.full((rows * block_size,), -100)
+        self.x[:self.n], self.y[:self.n] = torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:])
+        self.x, self.y = self.x.view(rows, block_size), self.y.view(rows, block_size)
+
+    @torch.no_grad()
+    def evaluate(self, model, batch_size, device, autocast, doc_ids):
+        """-> val_loss in nats per token, val_bpb in bits per byte of the raw text."""
+        model.eval()
+        nats = 0.0
+        for x, y in zip(self.x.split(batch_size), self.y.split(batch_size)):
+            x, y = x.to(device), y.to(device)
+            with autocast():
+                _, loss, _ = model(x, y, doc_ids=doc_ids(x))
+            nats += loss.item() * int((y != -100).sum())
+        model.train()
+        return {"val_loss": nats / self.n, "val_bpb": nats / math.log(2) / self.bytes}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimization
+
+def schedule(progress):
+    """The report's schedules (§4.2) over a run's progress in [0, 1]: factors of learning rate, gamma and lambda.
+
+    The report's 14.8T tokens: learning rate warmed up (2K steps; here 2% of the run), constant up to 10T, cosine down
+    to a tenth up to 14.3T, a tenth, and for the last 167B tokens 0.033; gamma 0.001 up to 14.3T, then 0; lambda 0.3 up
+    to 10T, then 0.1.
+    """
+    warm, constant, decayed, last = 0.02, 10 / 14.8, 14.3 / 14.8, 14.633 / 14.8
+    if progress < warm:
+        lr = progress / warm
+    elif progress < constant:
+        lr = 1.0
+    elif progress < decayed:
+        lr = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (progress - constant) / (decayed - constant)))
+    else:
+        lr = 0.1 if progress < last else 0.033
+    return lr, 1.0 if progress < decayed else 0.0, 1.0 if progress < constant else 1 / 3
+
+
+class StackedMuon(torch.optim.Muon):
+    """torch.optim.Muon takes 2-D matrices: a stack of experts (E, out, in) is handed to it as E matrices, which are
+    views of the stack, so that the step updates it in place."""
+
+    def __init__(self, params, **kwargs):
+        self.stacks = [(p, [p.detach()[e].requires_grad_() for e in range(len(p))]) for p in params if p.dim() == 3]
+        super().__init__([p for p in params if p.dim() == 2] + [m for _, views in self.stacks for m in views], **kwargs)
+
+    def step(self):
+        for stack, views in self.stacks:
+            for view, grad in zip(views, stack.grad):
+                view.grad = grad
+        super().step()
+
+
+def make_optimizers(model, cfg, device):
+    """AdamW as in §4.2, or Muon for the hidden matrices, its update scaled to AdamW's size so that they share a rate."""
+    groups = model.param_groups(weight_decay=0.1)
+    optimizers = []
+    if cfg.optimizer == "muon":
+        matrices = groups.pop(0)
+        optimizers.append(StackedMuon(matrices["params"], lr=cfg.learning_rate, weight_decay=matrices["weight_decay"],
+                                      adjust_lr_fn="match_rms_adamw"))
+    optimizers.append(torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.95),
+                                        fused=device.type in ("cuda", "cpu")))
+    return optimizers
+
+
+def peak_flops(device):
+    """Dense bf16 FLOP/s of the card, from its maker's data sheet, or None where unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    table = {"GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12,
+             "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+    return next((flops for key, flops in table.items() if key in name), None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def write_atomically(path, write):
+    """write(file) into a temporary file beside path, then rename: a reader finds the old file or the new, never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path):
+    """-> what save_checkpoint wrote, on the CPU. No pickled code is executed. ValueError if it can't be used."""
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}; start a run without --resume first")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:      # torch.load raises whatever the damaged bytes lead to
+        raise ValueError(f"{path} is damaged or not a checkpoint ({str(e).splitlines()[0][:100]}); restore it from a "
+                         "copy, or start a new run in another --out_dir") from None
+    if not isinstance(ckpt, dict) or not {"model", "config", "train_config", "encoding"} <= ckpt.keys():
+        raise ValueError(f"{path} is not a checkpoint of train.py; start a new run in another --out_dir")
+    return ckpt
+
+
+def main(argv=None):
+    given = parse_args(argv)
+    try:
+        cfg, config, ckpt = configure(given)
+        device, dtype = pick_device(cfg)
+        meta, encoding, data = open_data(cfg, config, ckpt is not None or "vocab_size" in given)
+        if ckpt and ckpt["meta"] != meta:
+            raise ValueError(f"the data in {cfg.data_dir} are not those that {cfg.out_dir}/ckpt.pt was trained on; "
+                             "restore them, or start a new run in another --out_dir")
+        validation = Validation(Path(cfg.data_dir, "val.bin"), meta, encoding, cfg.block_size)
+        out_dir = Path(cfg.out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"train.py: {e}") from None
+
+    # Model, optimizers, and where to go on
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")      # TF32 for what stays in fp32 on a GPU
+    with torch.device(device):
+        raw_model = DeepSeekV3(config)
+    optimizers = make_optimizers(raw_model, cfg, device)
+    step, samples, log = 0, 0, []
+    if ckpt:
+        raw_model.load_state_dict(ckpt["model"])
+        for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        step, samples = ckpt["step"], ckpt["samples"]
+        torch.set_rng_state(ckpt["rng_state"])
+        if (out_dir / "log.jsonl").is_file():       # what came after the checkpoint happens anew
+            lines = (out_dir / "log.jsonl").read_text().splitlines()
+            log = [line for line in lines if line.endswith("}") and json.loads(line)["iter"] <= step]
+    write_atomically(out_dir / "log.jsonl", lambda f: f.write("".join(line + "\n" for line in log).encode()))
+    use_compile = device.type == "cuda" if cfg.compile is None else cfg.compile
+    model = torch.compile(raw_model) if use_compile else raw_model
+
+    def autocast():
+        return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+    def doc_ids(x):
+        return (x == meta["separator"]).cumsum(1) if cfg.mask_documents else None
+
+    def save_checkpoint():
+        state = {"model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                 "config": dataclasses.asdict(config), "train_config": {**dataclasses.asdict(cfg), "resume": False},
+                 "step": step, "samples": samples, "rng_state": torch.get_rng_state(), "meta": meta,
+                 "encoding": encoding}
+        write_atomically(out_dir / "ckpt.pt", lambda f: torch.save(state, f))
+
+    tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
+    flops_per_token, peak = raw_model.flops_per_token(cfg.block_size), peak_flops(device)
+    print(f"{cfg.preset}: {raw_model.num_params():,} parameters, {raw_model.num_params(active=True):,} active per token; "
+          f"{len(data.tokens):,} tokens of {cfg.data_dir}; {cfg.max_iters} steps of {tokens_per_step:,} tokens on "
+          f"{device.type} in {str(dtype).removeprefix('torch.')}")
+    if step:
+        print(f"resumed from {out_dir}/ckpt.pt at step {step}")
+
+    # Ctrl-C or SIGTERM: finish the step, save, and go; a second one ends the process at once
+    interrupted = False
+
+    def on_signal(number, frame):
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    # The training loop
+    timer, timed_steps = time.monotonic(), 0
+    while step < cfg.max_iters and not interrupted:
+        lr, gamma, lam = schedule((step + 1) / cfg.max_iters)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = cfg.learning_rate * lr
+        load = 0
+        losses = torch.zeros(4, device=device)      # loss, main, mtp, balance: the mean over the micro-batches
+        for _ in range(cfg.gradient_accumulation_steps):
+            x, y = data.batch(samples, cfg.batch_size)
+            if device.type == "cuda":
+                x, y = x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
+            else:
+                x, y = x.to(device), y.to(device)
+            with autocast():
+                _, loss, aux = model(x, y, doc_ids=doc_ids(x), mtp_loss_weight=config.mtp_loss_weight * lam)
+            (loss / cfg.gradient_accumulation_steps).backward()
+            losses += torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]]) / cfg.gradient_accumulation_steps
+            load = load + aux["load"]
+            samples += cfg.batch_size
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        raw_model.zero_grad(set_to_none=True)
+        raw_model.update_router_bias(load, speed=config.bias_update_speed * gamma)
+        step += 1
+        timed_steps += 1
+
+        # Logging; .item() is where a GPU is waited for
+        evaluate = step % cfg.eval_interval == 0 or step == cfg.max_iters
+        if step % cfg.log_interval == 0 or step == 1 or evaluate:
+            loss, main_loss, mtp_loss, balance_loss = losses.tolist()
+            seconds = (time.monotonic() - timer) / timed_steps
+            vio = load.float().amax(1) / load.float().mean(1) - 1      # MaxVio of each layer (arXiv 2408.15664)
+            entry = {"iter": step, "loss": loss, "main_loss": main_loss, "mtp_loss": mtp_loss,
+                     "balance_loss": balance_loss, "lr": cfg.learning_rate * lr, "grad_norm": grad_norm.item(),
+                     "tokens_per_s": tokens_per_step / seconds,
+                     "mfu": flops_per_token * tokens_per_step / seconds / peak if peak else None,
+                     "max_vio": vio.mean().item() if len(vio) else 0.0}
+            left = int(seconds * (cfg.max_iters - step))
+            mfu = f"{entry['mfu']:.1%}" if peak else "n/a"
+            print(f"step {step}/{cfg.max_iters} | loss {loss:.3f} main {main_loss:.3f} mtp {mtp_loss:.3f} | "
+                  f"norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | maxvio {entry['max_vio']:.2f} | "
+                  f"{entry['tokens_per_s']:,.0f} tok/s | mfu {mfu} | "
+                  f"{left // 60}:{left % 60:02d} left", flush=True)
+            if evaluate:
+                entry |= validation.evaluate(model, cfg.batch_size, device, autocast, doc_ids)
+            entry["elapsed_s"] = time.monotonic() - START
+            with open(out_dir / "log.jsonl", "a") as f:
+                f.write(json.dumps(entry) + "\n")
+            if evaluate:
+                save_checkpoint()
+                print(f"step {step}/{cfg.max_iters} | val loss {entry['val_loss']:.4f} nats/token, "
+                      f"{entry['val_bpb']:.4f} bits/byte | saved {out_dir}/ckpt.pt", flush=True)
+            timer, timed_steps = time.monotonic(), 0
+
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if interrupted and step < cfg.max_iters:
+        save_checkpoint()
+        print(f"interrupted at step {step}; saved {out_dir}/ckpt.pt. Go on with: python train.py --resume --out_dir "
+              f"{out_dir}")
+        sys.exit(130)
+    print(f"done. Sample with: python sample.py --ckpt {out_dir}")
+
+
+if __name__ == "__main__":
+    main()
