@@ -5,7 +5,8 @@ Generate text from a run of train.py.
     python sample.py --ckpt out --prompt "def binary_search(" --temperature 0.5 --num_samples 3
     python sample.py --ckpt out --prompt FILE:notes.txt --top_p 0.9 --seed 7
 
-Without a prompt a new document is begun. Generation ends with the document, or after --max_new_tokens.
+Without a prompt a new document is begun. Generation ends with the document, or after --max_new_tokens. Where the text
+outgrows the --block_size that the model was trained with, it goes on from the last half of that.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from train import load_checkpoint
 
 
 def load(path, device):
-    """A run's folder or its ckpt.pt -> model in eval mode on the device (bfloat16 on a GPU), tiktoken.Encoding."""
+    """A run's folder or its ckpt.pt -> model in eval mode on the device (bfloat16 on a GPU), tiktoken.Encoding, and the
+    number of tokens that the model was trained to see at a time."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"--ckpt {path} does not exist; train a model first with: python train.py --out_dir {path}")
@@ -31,7 +33,7 @@ def load(path, device):
         model = DeepSeekV3(DeepSeekV3Config(**ckpt["config"]))
     model.load_state_dict(ckpt["model"], assign=True)
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    return model.eval(), encoding_from_json(ckpt["encoding"])
+    return model.eval(), encoding_from_json(ckpt["encoding"]), max(ckpt["train_config"]["block_size"], 2)
 
 
 def read_prompt(prompt, enc):
@@ -72,36 +74,47 @@ def main(argv=None):
     try:
         if args.num_samples < 1:
             raise ValueError(f"--num_samples must be at least 1, got {args.num_samples}")
+        if args.max_new_tokens < 0:
+            raise ValueError(f"--max_new_tokens must be at least 0, got {args.max_new_tokens}")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, enc = load(args.ckpt, device)
+        model, enc, window = load(args.ckpt, device)
         prompt, idx = read_prompt(args.prompt, enc)
         generator = torch.Generator(device).manual_seed(args.seed)
         for i in range(args.num_samples):
-            sample(model, enc, prompt, idx.to(device), args, generator)
+            sample(model, enc, window, prompt, idx.to(device), args, generator)
     except (ValueError, OSError) as e:
         raise SystemExit(f"sample.py: {e}") from None
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def sample(model, enc, prompt, idx, args, generator):
+def continuation(model, idx, window, stop, args, generator, stats):
+    """Yield tokens one by one; idx: (1, T) int64. Each stretch of them sees at most `window` tokens."""
+    count, token = 0, None
+    while count < args.max_new_tokens and token != stop:
+        if idx.size(1) >= window:
+            idx = idx[:, -(window // 2):]
+        new = min(args.max_new_tokens - count, window - idx.size(1))
+        for token in model.generate_stream(idx, new, args.temperature, args.top_k, args.top_p, args.speculative,
+                                           stop=[stop], generator=generator, stats=stats):
+            idx, token, count = torch.cat([idx, token], 1), token.item(), count + 1
+            yield token
+
+
+def sample(model, enc, window, prompt, idx, args, generator):
     """Print one continuation as it comes, then a line on speed and speculation to stderr."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a character may be spread over tokens
-    stats, count, start = {}, 0, time.monotonic()
-    stream = model.generate_stream(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                                   args.speculative, stop=[separator(enc)], generator=generator, stats=stats)
+    stop, stats, count, start = separator(enc), {}, 0, time.monotonic()
     print("-" * 80 + "\n" + prompt, end="", flush=True)
-    for token in stream:
-        count += 1
-        # the model's vocabulary may be padded beyond the tokenizer's
-        if (token := token.item()) != separator(enc) and token < enc.n_vocab:
+    for count, token in enumerate(continuation(model, idx, window, stop, args, generator, stats), 1):
+        if token != stop and token < enc.n_vocab:       # the model's vocabulary may be padded beyond the tokenizer's
             print(decoder.decode(enc.decode_single_token_bytes(token)), end="", flush=True)
     print(decoder.decode(b"", final=True), flush=True)
     seconds = time.monotonic() - start
     line = f"{count} tokens, {count / seconds:.0f} tokens/s"
-    if stats["drafted"]:
+    if stats.get("drafted"):
         line += (f"; drafts accepted {stats['accepted'] / stats['drafted']:.0%}, "
-                 f"{(count - 1) / stats['forwards']:.2f} tokens per forward pass")
+                 f"{1 + stats['accepted'] / stats['forwards']:.2f} tokens per forward pass")
     print(line, file=sys.stderr)
 
 

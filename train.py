@@ -14,6 +14,7 @@ START = time.monotonic()    # before torch, whose import takes seconds
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import json
 import math
@@ -52,21 +53,21 @@ class TrainConfig:
     batch_size: int = option(None, "sequences of a micro-batch")
     block_size: int = option(None, "tokens of a sequence")
     gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step")
-    optimizer: str = option("adamw", "adamw, or muon for the hidden matrices with adamw for the rest")
+    optimizer: str = option("adamw", "adamw, or muon for the hidden matrices with adamw for the rest (tiny: muon)")
     learning_rate: float = option(None, "the peak")
     mask_documents: bool = option(False, "keep attention and MTP from crossing documents (the report doesn't, in "
                                          "pre-training)")
-    eval_interval: int = option(None, "steps between evaluations, each with a checkpoint; default: a fifth of the run")
+    eval_interval: int = option(None, "steps between evaluations, each with a checkpoint; the last step has one anyway")
     log_interval: int = option(10, "steps between progress lines")
 
 
-# What the flags above default to, by preset. "tiny" was measured on two CPU cores (README); the others follow common
-# practice for their size, 671b the report (§4.2), and have not been run.
+# What the flags above default to, by preset. "tiny" was tuned by measurement on two CPU cores (README); the others
+# follow common practice for their size, 671b the report (§4.2), and have not been run.
 RECIPES = {
-    "tiny": dict(max_iters=600, batch_size=16, block_size=256, learning_rate=3e-3),
-    "small": dict(max_iters=20000, batch_size=32, block_size=1024, learning_rate=6e-4),
-    "16b": dict(max_iters=100000, batch_size=8, block_size=4096, learning_rate=4.2e-4),
-    "671b": dict(max_iters=235000, batch_size=8, block_size=4096, learning_rate=2.2e-4),
+    "tiny": dict(optimizer="muon", learning_rate=0.02, max_iters=500, batch_size=16, block_size=128, eval_interval=250),
+    "small": dict(learning_rate=6e-4, max_iters=20000, batch_size=32, block_size=1024, eval_interval=1000),
+    "16b": dict(learning_rate=4.2e-4, max_iters=100000, batch_size=8, block_size=4096, eval_interval=1000),
+    "671b": dict(learning_rate=2.2e-4, max_iters=235000, batch_size=8, block_size=4096, eval_interval=1000),
 }
 
 
@@ -112,8 +113,6 @@ def configure(given):
     config = DeepSeekV3Config.preset(given.get("preset", TrainConfig.preset))
     config = dataclasses.replace(config, **model_flags)
     cfg = TrainConfig(**{**RECIPES[given.get("preset", TrainConfig.preset)], **train_flags})
-    if cfg.eval_interval is None:
-        cfg.eval_interval = max(cfg.max_iters // 5, 1)
     for name in ("max_iters", "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval",
                  "log_interval"):
         if getattr(cfg, name) < 1:
@@ -147,6 +146,17 @@ def pick_device(cfg):
         raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and name == "cuda" and torch.cuda.is_bf16_supported(False)
     return device, torch.bfloat16 if bf16 else torch.float32
+
+
+def keep_freed_memory():
+    """On Linux glibc returns each large buffer to the kernel when it is freed, and pays for it in page faults when the
+    next step asks for it again: a fifth of a small model's step on a CPU. Tell it to keep them."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return      # another C library, which has no such habit to break
+    mallopt(-3, 2**30)          # M_MMAP_THRESHOLD
+    mallopt(-1, 2**31 - 1)      # M_TRIM_THRESHOLD
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -291,19 +301,29 @@ def schedule(progress):
     return lr, 1.0 if progress < decayed else 0.0, 1.0 if progress < constant else 1 / 3
 
 
-class StackedMuon(torch.optim.Muon):
-    """torch.optim.Muon takes 2-D matrices: a stack of experts (E, out, in) is handed to it as E matrices, which are
-    views of the stack, so that the step updates it in place."""
+class StackedMuon(torch.optim.Optimizer):
+    """torch.optim.Muon for stacks of matrices (E, out, in), which it refuses: each expert's matrix is orthogonalized by
+    itself, all of a stack in one batch. (As E parameters of torch.optim.Muon they take several times as long.)"""
 
-    def __init__(self, params, **kwargs):
-        self.stacks = [(p, [p.detach()[e].requires_grad_() for e in range(len(p))]) for p in params if p.dim() == 3]
-        super().__init__([p for p in params if p.dim() == 2] + [m for _, views in self.stacks for m in views], **kwargs)
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
+    @torch.no_grad()
     def step(self):
-        for stack, views in self.stacks:
-            for view, grad in zip(views, stack.grad):
-                view.grad = grad
-        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(average, group["momentum"])         # Nesterov's look ahead
+                if tall := p.size(1) > p.size(2):
+                    x = x.mT
+                x = x.bfloat16() if x.is_cuda else x                # small bf16 products are slow on a CPU
+                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+                for _ in range(5):                                  # Newton-Schulz, with torch.optim.Muon's coefficients
+                    gram = x @ x.mT
+                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+                rate = group["lr"] * 0.2 * max(p.shape[1:]) ** 0.5  # "match_rms_adamw"
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(rate * (x.mT if tall else x))
 
 
 def make_optimizers(model, cfg, device):
@@ -311,9 +331,11 @@ def make_optimizers(model, cfg, device):
     groups = model.param_groups(weight_decay=0.1)
     optimizers = []
     if cfg.optimizer == "muon":
-        matrices = groups.pop(0)
-        optimizers.append(StackedMuon(matrices["params"], lr=cfg.learning_rate, weight_decay=matrices["weight_decay"],
-                                      adjust_lr_fn="match_rms_adamw"))
+        params = groups.pop(0)["params"]
+        matrices, stacks = [p for p in params if p.dim() == 2], [p for p in params if p.dim() == 3]
+        optimizers.append(torch.optim.Muon(matrices, lr=cfg.learning_rate, weight_decay=0.1,
+                                           adjust_lr_fn="match_rms_adamw"))
+        optimizers += [StackedMuon(stacks, lr=cfg.learning_rate)] if stacks else []
     optimizers.append(torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.95),
                                         fused=device.type in ("cuda", "cpu")))
     return optimizers
@@ -373,6 +395,8 @@ def main(argv=None):
         raise SystemExit(f"train.py: {e}") from None
 
     # Model, optimizers, and where to go on
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")      # TF32 for what stays in fp32 on a GPU
     with torch.device(device):
