@@ -421,6 +421,12 @@ def balance_loss(scores, K):
     return (f * P).sum(-1).mean()                                                           # Eq. 17
 
 
+@torch.compiler.disable
+def untraced_grouped_mm(x, weight, offs):
+    """torch.compile traces grouped_mm in bf16 only: in other dtypes it runs as it is, between two graphs."""
+    return F.grouped_mm(x, weight, offs=offs)
+
+
 def grouped_linear(x, weight, ends):
     """One linear layer per expert. x: (M, in), its rows sorted by expert; weight: (E, out, in); returns (M, out).
 
@@ -429,7 +435,8 @@ def grouped_linear(x, weight, ends):
     if torch.is_autocast_enabled(x.device.type):        # grouped_mm isn't on autocast's list
         x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
     if all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+        traceable = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
+        return (F.grouped_mm if traceable else untraced_grouped_mm)(x, weight.transpose(1, 2), offs=ends)
     # grouped_mm wants rows of a multiple of 16 bytes; other sizes go expert by expert
     return torch.cat([F.linear(x_e, w_e) for x_e, w_e in zip(x.tensor_split(ends[:-1].tolist()), weight)])
 

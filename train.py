@@ -64,7 +64,7 @@ class TrainConfig:
 # What the flags above default to, by preset. "tiny" was tuned by measurement on two CPU cores (README); the others
 # follow common practice for their size, 671b the report (§4.2), and have not been run.
 RECIPES = {
-    "tiny": dict(optimizer="muon", learning_rate=0.02, max_iters=500, batch_size=16, block_size=128, eval_interval=250),
+    "tiny": dict(optimizer="muon", learning_rate=0.02, max_iters=600, batch_size=16, block_size=128, eval_interval=300),
     "small": dict(learning_rate=6e-4, max_iters=20000, batch_size=32, block_size=1024, eval_interval=1000),
     "16b": dict(learning_rate=4.2e-4, max_iters=100000, batch_size=8, block_size=4096, eval_interval=1000),
     "671b": dict(learning_rate=2.2e-4, max_iters=235000, batch_size=8, block_size=4096, eval_interval=1000),
@@ -199,7 +199,7 @@ class Tokens:
             rows.append(self.tokens[at:at + self.T + 1])
         rows = np.stack(rows)
         if rows.max() >= self.vocab_size:       # on a GPU the model can't look without a stall
-            raise ValueError(f"{self.path} holds token {rows.max()}, outside the model's vocabulary of "
+            raise SystemExit(f"train.py: {self.path} holds token {rows.max()}, outside the model's vocabulary of "
                              f"{self.vocab_size}; prepare the data again, or raise --vocab_size")
         rows = torch.from_numpy(rows.astype(np.int64))
         return rows[:, :-1], rows[:, 1:]
@@ -312,6 +312,8 @@ class StackedMuon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
                 x = p.grad.lerp(average, group["momentum"])         # Nesterov's look ahead
@@ -455,7 +457,7 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = cfg.learning_rate * lr
         load = 0
-        losses = torch.zeros(4, device=device)      # loss, main, mtp, balance: the mean over the micro-batches
+        losses = torch.zeros(4, device=device)      # loss, main, mtp, balance, summed over the micro-batches
         for _ in range(cfg.gradient_accumulation_steps):
             x, y = data.batch(samples, cfg.batch_size)
             if device.type == "cuda":
@@ -465,7 +467,7 @@ def main(argv=None):
             with autocast():
                 _, loss, aux = model(x, y, doc_ids=doc_ids(x), mtp_loss_weight=config.mtp_loss_weight * lam)
             (loss / cfg.gradient_accumulation_steps).backward()
-            losses += torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]]) / cfg.gradient_accumulation_steps
+            losses += torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]])
             load = load + aux["load"]
             samples += cfg.batch_size
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
@@ -479,7 +481,7 @@ def main(argv=None):
         # Logging; .item() is where a GPU is waited for
         evaluate = step % cfg.eval_interval == 0 or step == cfg.max_iters
         if step % cfg.log_interval == 0 or step == 1 or evaluate:
-            loss, main_loss, mtp_loss, balance_loss = losses.tolist()
+            loss, main_loss, mtp_loss, balance_loss = (losses / cfg.gradient_accumulation_steps).tolist()
             seconds = (time.monotonic() - timer) / timed_steps
             vio = load.float().amax(1) / load.float().mean(1) - 1      # MaxVio of each layer (arXiv 2408.15664)
             entry = {"iter": step, "loss": loss, "main_loss": main_loss, "mtp_loss": mtp_loss,

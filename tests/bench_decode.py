@@ -1,0 +1,153 @@
+"""
+Decoding speed beside transformers' DeepseekV3ForCausalLM with the same weights, where it is installed.
+
+    python tests/bench_decode.py                        # the table: prefill and plain decode, ratios in one run
+    python tests/bench_decode.py --ckpt out             # plain against speculative decoding of a trained model
+
+Medians of repeated runs, the contestants taking turns, so that a noisy machine disturbs all of them alike.
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from model import DeepSeekV3, DeepSeekV3Config  # noqa: E402
+
+BENCH = dict(vocab_size=512, hidden_size=256, num_hidden_layers=6, first_k_dense_replace=1, num_attention_heads=8,
+             q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
+             n_routed_experts=32, num_experts_per_tok=4, n_group=1, topk_group=1, moe_intermediate_size=128,
+             intermediate_size=704, num_nextn_predict_layers=0, max_position_embeddings=8192, initializer_range=0.02)
+REPEATS, STEPS = 7, 32
+
+
+def transformers_model(model, implementation):
+    """transformers' model with the weights of ours, or None where it isn't installed."""
+    try:
+        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    except ImportError:
+        return None
+    shape = {k: v for k, v in BENCH.items() if k != "num_nextn_predict_layers"}
+    config = DeepseekV3Config(**shape, num_key_value_heads=BENCH["num_attention_heads"],
+                              experts_implementation=implementation)
+    theirs = DeepseekV3ForCausalLM(config).eval()
+    state = dict(model.state_dict())
+    for name in [name for name in state if name.endswith("experts.gate_proj")]:
+        up = name.replace("gate_proj", "up_proj")
+        state[name.replace("gate_proj", "gate_up_proj")] = torch.cat([state.pop(name), state.pop(up)], 1)
+    theirs.load_state_dict(state)
+    return theirs
+
+
+class Ours:
+    def __init__(self, model):
+        self.model = model
+
+    def prefill(self, idx):
+        self.cache, self.pos = self.model.new_cache(1, idx.size(1) + STEPS), idx.size(1)
+        return self.model.decode(idx, self.cache, 0)[:, -1:].argmax(-1)
+
+    def step(self, token):
+        self.pos += 1
+        return self.model.decode(token, self.cache, self.pos - 1)[:, -1:].argmax(-1)
+
+
+class Theirs:
+    def __init__(self, model):
+        self.model = model
+
+    @torch.no_grad()
+    def prefill(self, idx):
+        out = self.model(idx, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        return out.logits[:, -1:].argmax(-1)
+
+    @torch.no_grad()
+    def step(self, token):
+        out = self.model(token, past_key_values=self.cache, use_cache=True)
+        self.cache = out.past_key_values
+        return out.logits[:, -1:].argmax(-1)
+
+
+def measure(contestants, length):
+    """-> {name: (median prefill seconds, median seconds per decoded token)}; the greedy tokens have to agree."""
+    idx = torch.randint(0, BENCH["vocab_size"], (1, length), generator=torch.Generator().manual_seed(1))
+    times = {name: ([], []) for name in contestants}
+    for repeat in range(REPEATS + 1):
+        texts = {}
+        for name, contestant in contestants.items():
+            start = time.perf_counter()
+            token, text = contestant.prefill(idx), []
+            middle = time.perf_counter()
+            for _ in range(STEPS):
+                text.append(token.item())
+                token = contestant.step(token)
+            if repeat:      # the first round warms up
+                times[name][0].append(middle - start)
+                times[name][1].append((time.perf_counter() - middle) / STEPS)
+            texts[name] = text
+        assert len({tuple(text) for text in texts.values()}) == 1, f"the greedy tokens differ: {texts}"
+    return {name: tuple(map(statistics.median, pair)) for name, pair in times.items()}
+
+
+def compare():
+    torch.manual_seed(0)
+    model = DeepSeekV3(DeepSeekV3Config(**BENCH)).eval()
+    contestants = {"ours": Ours(model)}
+    for implementation in ("eager", "grouped_mm"):
+        if (theirs := transformers_model(model, implementation)) is not None:
+            contestants[f"transformers {implementation}"] = Theirs(theirs)
+    if len(contestants) == 1:
+        print("transformers is not installed: only our own times (pip install transformers)")
+    print(f"config bench: {model.num_params():,} parameters, batch 1, fp32, {torch.get_num_threads()} threads")
+    print(f"{'prompt':>6}  {'contestant':<24}{'prefill ms':>12}{'ms/token':>10}{'prefill x':>11}{'decode x':>10}")
+    for length in (128, 512, 2048):
+        found = measure(contestants, length)
+        for name, (prefill, step) in found.items():
+            print(f"{length:>6}  {name:<24}{prefill * 1e3:>12.1f}{step * 1e3:>10.2f}"
+                  f"{prefill / found['ours'][0]:>11.2f}{step / found['ours'][1]:>10.2f}", flush=True)
+    cache = sum(c.numel() * c.element_size() for c in model.new_cache(1, 4096 + 1))
+    for _ in model.generate_stream(torch.zeros(1, 1, dtype=torch.int64), 4096):
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"4096 tokens generated: cache {cache / 2**20:.1f} MiB, peak memory of the process, every contestant "
+          f"included, {peak:.0f} MiB")
+
+
+def speculation(ckpt):
+    """Tokens per second of greedy and sampled text, plain and speculative in turns, on a trained model."""
+    from sample import continuation, load, read_prompt
+    model, enc, window = load(ckpt, "cpu")
+    stop = enc.n_vocab      # no token: texts of equal length
+    print(f"{'temperature':>11}{'plain tok/s':>13}{'speculative':>13}{'ratio':>7}{'accepted':>10}{'tokens/forward':>16}"
+          f"{'ms/forward plain':>18}{'speculative':>13}")
+    for temperature in (0.0, 0.8):
+        rates = {True: [], False: []}
+        for repeat in range(REPEATS + 1):
+            for speculative in (False, True):
+                args = argparse.Namespace(max_new_tokens=200, temperature=temperature, top_k=None, top_p=None,
+                                          speculative=speculative)
+                stats, start = {}, time.perf_counter()
+                prompt = read_prompt("import os\n\n\ndef ", enc)[1]
+                generator = torch.Generator().manual_seed(repeat)
+                n = sum(1 for _ in continuation(model, prompt, window, stop, args, generator, stats))
+                if repeat:
+                    rates[speculative].append((n / (time.perf_counter() - start), stats))
+        plain, fast = (statistics.median(rate for rate, _ in rates[s]) for s in (False, True))
+        drafted, accepted, forwards = (sum(s[k] for _, s in rates[True]) for k in ("drafted", "accepted", "forwards"))
+        per_forward = 1 + accepted / forwards
+        print(f"{temperature:>11}{plain:>13.0f}{fast:>13.0f}{fast / plain:>7.2f}{accepted / drafted:>10.0%}"
+              f"{per_forward:>16.2f}{1e3 / plain:>18.2f}{1e3 * per_forward / fast:>13.2f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", help="a run of train.py: measure speculation on it instead")
+    args = parser.parse_args()
+    speculation(args.ckpt) if args.ckpt else compare()
