@@ -460,7 +460,8 @@ class Experts(nn.Module):
         ones = torch.ones_like(order)
         load = ones.new_zeros(self.gate_proj.size(0)).scatter_add_(0, experts.flatten(), ones)  # without a device sync
         ends = load.cumsum(0).to(torch.int32)                       # (E,)
-        x = x[order // K]                                           # (N*K, D): slot n*K + k holds token n
+        # slot n*K + k holds token n; unlike x[...]'s, index_select's gradient is summed in a fixed order, on a CPU
+        x = x.index_select(0, order // K)                           # (N*K, D)
         h = F.silu(grouped_linear(x, self.gate_proj, ends)) * grouped_linear(x, self.up_proj, ends)     # (N*K, I)
         y = grouped_linear(h, self.down_proj, ends)                 # (N*K, D)
         y = torch.empty_like(y).index_copy(0, order, y).view(N, K, -1)      # back to the tokens' order; (N, K, D)

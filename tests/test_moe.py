@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Gate, MoE, balance_loss, grouped_linear
+from model import DeepSeekV3, DeepSeekV3Config, Gate, balance_loss, grouped_linear
 
 
 def slow_gate(gate, x):
@@ -174,3 +174,15 @@ def test_only_training_moves_the_bias_and_only_by_the_update(make_model):
     loss.backward()
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
     assert not any("bias" in name for name, _ in model.named_parameters())
+
+
+def test_gradients_are_the_same_bits_twice():
+    """At a size at which the CPU's threads share the work; resumed runs rest on it."""
+    model = DeepSeekV3(DeepSeekV3Config.preset("tiny"))
+    idx = torch.randint(0, 257, (16, 128))
+    grads = []
+    for _ in range(3):
+        model.zero_grad()
+        model(idx, idx)[1].backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads))
