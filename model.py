@@ -682,6 +682,33 @@ class DeepSeekV3(nn.Module):
         per_pair = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
         return 6 * matrices + 6 * (c.num_hidden_layers + depth) * per_pair * (T + 1) / 2
 
+    # ------------------------------------------------------------------------------------------ released checkpoints
+
+    @classmethod
+    def from_pretrained(cls, dir, dtype=None, device=None, **changes):
+        """A model in eval mode from a folder in the released format: config.json and model.safetensors, or its shards
+        with model.safetensors.index.json, in fp32, bf16, fp16 or the release's FP8.
+
+        dtype: of the weights; default as stored, and bfloat16 for FP8, which is dequantised. changes: fields of the
+        config to override. Where the config announces MTP modules and the files hold none (Hugging Face drops them),
+        the model has num_nextn_predict_layers=0. Peak memory: the model and one tensor, as tensors are read one by
+        one. ValueError, one sentence, for files that are damaged or hold other tensors than the config asks for.
+        """
+        import checkpoint       # the formats of files, which nobody needs in order to read the model
+        return checkpoint.load(cls, dir, dtype, device, **changes)
+
+    def save_pretrained(self, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9):
+        """Write the model in the released format, for Hugging Face's DeepseekV3ForCausalLM and from_pretrained.
+
+        encoding: a tiktoken.Encoding, for tokenizer files. fp8: linear layers in FP8 with a scale per 128x128 block
+        and the rest in bf16, as in the release. An earlier checkpoint in dir stays intact until the new one is
+        written out; config.json comes last. Export a run of train.py:
+
+            model, encoding = sample.load("out", "cpu")[:2]; model.save_pretrained("export", encoding)
+        """
+        import checkpoint
+        checkpoint.save(self, dir, encoding, fp8, shard_bytes)
+
     # -------------------------------------------------------------------------------------------------- generation
 
     def new_cache(self, batch_size, length, mtp=False):

@@ -1,9 +1,10 @@
 """
-Generate text from a run of train.py.
+Generate text from a run of train.py or a released checkpoint.
 
     python sample.py --ckpt out
     python sample.py --ckpt out --prompt "def binary_search(" --temperature 0.5 --num_samples 3
     python sample.py --ckpt out --prompt FILE:notes.txt --top_p 0.9 --seed 7
+    python sample.py --ckpt Moonlight-16B-A3B --prompt "Once"           # a folder with config.json and *.safetensors
 
 Without a prompt a new document is begun. Generation ends with the document, or after --max_new_tokens. Where the text
 outgrows the --block_size that the model was trained with, it goes on from the last half of that.
@@ -17,15 +18,19 @@ from pathlib import Path
 
 import torch
 
-from data.tokenizer import encoding_from_json, separator
+from checkpoint import read_json
+from data.tokenizer import encoding_from_json, get_tokenizer, separator
 from model import DeepSeekV3, DeepSeekV3Config
 from train import load_checkpoint
 
 
 def load(path, device):
-    """A run's folder or its ckpt.pt -> model in eval mode on the device (bfloat16 on a GPU), tiktoken.Encoding, and the
-    number of tokens that the model was trained to see at a time."""
+    """A run's folder, its ckpt.pt or a released checkpoint's folder -> model in eval mode on the device (bfloat16 on a
+    GPU), tiktoken.Encoding, the token to put before prompts (or None), the set of tokens to stop at, and the number of
+    tokens that the model was trained to see at a time (None: what its config allows)."""
     path = Path(path)
+    if (path / "config.json").is_file() and not (path / "ckpt.pt").is_file():
+        return load_released(path, device)
     if not path.exists():
         raise ValueError(f"--ckpt {path} does not exist; train a model first with: python train.py --out_dir {path}")
     ckpt = load_checkpoint(path / "ckpt.pt" if path.is_dir() else path)
@@ -33,7 +38,27 @@ def load(path, device):
         model = DeepSeekV3(DeepSeekV3Config(**ckpt["config"]))
     model.load_state_dict(ckpt["model"], assign=True)
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    return model.eval(), encoding_from_json(ckpt["encoding"]), max(ckpt["train_config"]["block_size"], 2)
+    enc = encoding_from_json(ckpt["encoding"])
+    return model.eval(), enc, None, {separator(enc)}, max(ckpt["train_config"]["block_size"], 2)
+
+
+def load_released(path, device):
+    """load for a folder with config.json, *.safetensors and a tokenizer."""
+    enc = get_tokenizer(path)
+    settings = {}       # generation_config.json overrides config.json; either may lack the ids, or both
+    for name in ("config.json", "generation_config.json"):
+        if (path / name).is_file():
+            settings |= {k: v for k, v in read_json(path / name).items() if v is not None}
+    tokenizer = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
+    stop = settings.get("eos_token_id", separator(enc))
+    stop = set(stop) if isinstance(stop, list) else {stop}
+    bos = tokenizer.get("bos_token")
+    bos = enc._special_tokens.get(bos["content"] if isinstance(bos, dict) else bos, settings.get("bos_token_id"))
+    for token in stop | {bos} - {None}:
+        if type(token) is not int or not 0 <= token < enc.n_vocab:
+            raise ValueError(f"{path}: bos or eos token {token!r} is not one of the tokenizer's {enc.n_vocab} ids")
+    model = DeepSeekV3.from_pretrained(path, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    return model, enc, bos if tokenizer.get("add_bos_token") else None, stop, None
 
 
 def read_prompt(prompt, enc):
@@ -77,37 +102,41 @@ def main(argv=None):
         if args.max_new_tokens < 0:
             raise ValueError(f"--max_new_tokens must be at least 0, got {args.max_new_tokens}")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, enc, window = load(args.ckpt, device)
+        model, enc, bos, stop, window = load(args.ckpt, device)
         prompt, idx = read_prompt(args.prompt, enc)
+        if bos is not None and idx[0, 0] != bos:
+            idx = torch.cat([torch.tensor([[bos]]), idx], 1) if args.prompt is not None else torch.tensor([[bos]])
         generator = torch.Generator(device).manual_seed(args.seed)
         for i in range(args.num_samples):
-            sample(model, enc, window, prompt, idx.to(device), args, generator)
-    except (ValueError, OSError) as e:
+            sample(model, enc, window, stop, prompt, idx.to(device), args, generator)
+    except (ValueError, OSError, ImportError) as e:
         raise SystemExit(f"sample.py: {e}") from None
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def continuation(model, idx, window, stop, args, generator, stats):
-    """Yield tokens one by one; idx: (1, T) int64. Each stretch of them sees at most `window` tokens."""
+    """Yield tokens one by one; idx: (1, T) int64. Each stretch of them sees at most `window` tokens, if that is given."""
     count, token = 0, None
-    while count < args.max_new_tokens and token != stop:
-        if idx.size(1) >= window:
-            idx = idx[:, -(window // 2):]
-        new = min(args.max_new_tokens - count, window - idx.size(1))
+    while count < args.max_new_tokens and token not in stop:
+        new = args.max_new_tokens - count
+        if window is not None:
+            if idx.size(1) >= window:
+                idx = idx[:, -(window // 2):]
+            new = min(new, window - idx.size(1))
         for token in model.generate_stream(idx, new, args.temperature, args.top_k, args.top_p, args.speculative,
-                                           stop=[stop], generator=generator, stats=stats):
+                                           stop=stop, generator=generator, stats=stats):
             idx, token, count = torch.cat([idx, token], 1), token.item(), count + 1
             yield token
 
 
-def sample(model, enc, window, prompt, idx, args, generator):
+def sample(model, enc, window, stop, prompt, idx, args, generator):
     """Print one continuation as it comes, then a line on speed and speculation to stderr."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a character may be spread over tokens
-    stop, stats, count, start = separator(enc), {}, 0, time.monotonic()
+    stats, count, start = {}, 0, time.monotonic()
     print("-" * 80 + "\n" + prompt, end="", flush=True)
     for count, token in enumerate(continuation(model, idx, window, stop, args, generator, stats), 1):
-        if token != stop and token < enc.n_vocab:       # the model's vocabulary may be padded beyond the tokenizer's
+        if token not in stop and token < enc.n_vocab:       # the model's vocabulary may be padded beyond the tokenizer's
             print(decoder.decode(enc.decode_single_token_bytes(token)), end="", flush=True)
     print(decoder.decode(b"", final=True), flush=True)
     seconds = time.monotonic() - start

@@ -3,6 +3,7 @@ Train a DeepSeek-V3 on one device.
 
     python train.py                                   # 1M active parameters on the Python standard library's source
     python train.py --preset small --data_dir data/fineweb
+    python train.py --init_from DIR --data_dir data/mine    # fine-tune a released checkpoint
     python train.py --resume                          # go on where out/ckpt.pt stopped
     python train.py --preset tiny --n_routed_experts 32 --num_nextn_predict_layers 2    # any field of the model's config
 
@@ -27,8 +28,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from checkpoint import read_config
 from data.prepare import prepare
-from data.tokenizer import encoding_from_json, token_lengths
+from data.tokenizer import encoding_from_json, encoding_to_json, get_tokenizer, token_lengths
 from model import DeepSeekV3, DeepSeekV3Config
 
 
@@ -45,6 +47,8 @@ class TrainConfig:
     data_dir: str = option("data/stdlib", "folder with train.bin and val.bin; prepared if there is nothing in it yet")
     out_dir: str = option("out", "folder for ckpt.pt and log.jsonl")
     resume: bool = option(False, "go on from OUT_DIR/ckpt.pt, with its settings")
+    init_from: str = option(None, "fine-tune: folder of a released checkpoint, whose weights, config and tokenizer are "
+                                  "taken; a --block_size beyond its context extends it with YaRN")
     device: str = option("auto", "cuda, mps or cpu; auto: the first of these that is there")
     dtype: str = option("auto", "of the computation, float32 or bfloat16; auto: bfloat16 on a GPU that has it")
     compile: bool = option(None, "torch.compile the model; default: on a GPU")
@@ -69,6 +73,7 @@ RECIPES = {
     "16b": dict(learning_rate=4.2e-4, max_iters=100000, batch_size=8, block_size=4096, eval_interval=1000),
     "671b": dict(learning_rate=2.2e-4, max_iters=235000, batch_size=8, block_size=4096, eval_interval=1000),
 }
+FINETUNE = dict(learning_rate=1e-5, max_iters=200, batch_size=4, block_size=1024, eval_interval=100)   # not tuned
 
 
 def parse_args(argv):
@@ -110,9 +115,23 @@ def configure(given):
         return cfg, DeepSeekV3Config(**ckpt["config"]), ckpt
     if path.exists():
         raise ValueError(f"{path} holds an earlier run; go on with it by --resume, or start anew in another --out_dir")
-    config = DeepSeekV3Config.preset(given.get("preset", TrainConfig.preset))
+    if "init_from" in given:
+        if "preset" in given:
+            raise ValueError("--preset and --init_from contradict each other: the folder has its own config.json")
+        config = read_config(Path(given["init_from"]))[0]
+        for name in model_flags.keys() - set(FREE_OF_WEIGHTS):
+            raise ValueError(f"--{name} can't be given with --init_from, as the weights of {given['init_from']} decide "
+                             f"it; only {', '.join(FREE_OF_WEIGHTS)} can")
+        cfg = TrainConfig(**{**FINETUNE, **train_flags})
+        if cfg.block_size > config.max_position_embeddings and not {"rope_scaling",
+                                                                    "max_position_embeddings"} & model_flags.keys():
+            model_flags |= extend_context(config, cfg.block_size)
+            print(f"context extended from {config.max_position_embeddings} to {cfg.block_size} tokens with YaRN: "
+                  f"{model_flags['rope_scaling']}")
+    else:
+        config = DeepSeekV3Config.preset(given.get("preset", TrainConfig.preset))
+        cfg = TrainConfig(**{**RECIPES[given.get("preset", TrainConfig.preset)], **train_flags})
     config = dataclasses.replace(config, **model_flags)
-    cfg = TrainConfig(**{**RECIPES[given.get("preset", TrainConfig.preset)], **train_flags})
     for name in ("max_iters", "batch_size", "block_size", "gradient_accumulation_steps", "eval_interval",
                  "log_interval"):
         if getattr(cfg, name) < 1:
@@ -128,8 +147,21 @@ def configure(given):
     return cfg, config, None
 
 
+def extend_context(config, length):
+    """Fields of a config that extend its context to `length` tokens, with the report's YaRN (§4.3)."""
+    yarn = config.rope_scaling or dict(type="yarn", original_max_position_embeddings=config.max_position_embeddings,
+                                       beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0)
+    original = yarn.get("original_max_position_embeddings") or config.max_position_embeddings
+    return {"rope_scaling": {**yarn, "original_max_position_embeddings": original, "factor": length / original},
+            "max_position_embeddings": length}
+
+
+# the fields of a config that weights can do without
+FREE_OF_WEIGHTS = ("max_position_embeddings", "rope_scaling", "bias_update_speed", "balance_loss_alpha",
+                   "mtp_loss_weight")
 # what --resume can't change: the order of the data and the optimizer's state depend on these
-FIXED_ON_RESUME = ("preset", "seed", "batch_size", "block_size", "gradient_accumulation_steps", "optimizer")
+FIXED_ON_RESUME = ("preset", "init_from", "seed", "batch_size", "block_size", "gradient_accumulation_steps",
+                   "optimizer")
 
 
 def pick_device(cfg):
@@ -386,7 +418,10 @@ def main(argv=None):
     try:
         cfg, config, ckpt = configure(given)
         device, dtype = pick_device(cfg)
-        meta, encoding, data = open_data(cfg, config, ckpt is not None or "vocab_size" in given)
+        meta, encoding, data = open_data(cfg, config, ckpt is not None or "vocab_size" in given or bool(cfg.init_from))
+        if cfg.init_from and not ckpt and encoding != encoding_to_json(get_tokenizer(cfg.init_from)):
+            raise ValueError(f"the data in {cfg.data_dir} were not prepared with the tokenizer of {cfg.init_from}; "
+                             f"prepare them with: python data/prepare.py --tokenizer {cfg.init_from} --out_dir DIR")
         if ckpt and ckpt["meta"] != meta:
             raise ValueError(f"the data in {cfg.data_dir} are not those that {cfg.out_dir}/ckpt.pt was trained on; "
                              "restore them, or start a new run in another --out_dir")
@@ -401,8 +436,16 @@ def main(argv=None):
         keep_freed_memory()
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")      # TF32 for what stays in fp32 on a GPU
-    with torch.device(device):
-        raw_model = DeepSeekV3(config)
+    if cfg.init_from and not ckpt:
+        try:
+            raw_model = DeepSeekV3.from_pretrained(cfg.init_from, torch.float32, device, **{
+                name: getattr(config, name) for name in FREE_OF_WEIGHTS}).train()
+        except (ValueError, OSError, ImportError) as e:
+            raise SystemExit(f"train.py: {e}") from None
+        config = raw_model.config
+    else:
+        with torch.device(device):
+            raw_model = DeepSeekV3(config)
     optimizers = make_optimizers(raw_model, cfg, device)
     step, samples, log = 0, 0, []
     if ckpt:
@@ -433,9 +476,9 @@ def main(argv=None):
 
     tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
     flops_per_token, peak = raw_model.flops_per_token(cfg.block_size), peak_flops(device)
-    print(f"{cfg.preset}: {raw_model.num_params():,} parameters, {raw_model.num_params(active=True):,} active per token; "
-          f"{len(data.tokens):,} tokens of {cfg.data_dir}; {cfg.max_iters} steps of {tokens_per_step:,} tokens on "
-          f"{device.type} in {str(dtype).removeprefix('torch.')}")
+    print(f"{cfg.init_from or cfg.preset}: {raw_model.num_params():,} parameters, "
+          f"{raw_model.num_params(active=True):,} active per token; {len(data.tokens):,} tokens of {cfg.data_dir}; {cfg.max_iters} steps of "
+          f"{tokens_per_step:,} tokens on {device.type} in {str(dtype).removeprefix('torch.')}")
     if step:
         print(f"resumed from {out_dir}/ckpt.pt at step {step}")
 

@@ -13,14 +13,24 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-ENDOFTEXT, DEEPSEEK_EOS = "<|endoftext|>", "<｜end▁of▁sentence｜>"
+ENDOFTEXT, DEEPSEEK_EOS, KIMI_EOS = "<|endoftext|>", "<｜end▁of▁sentence｜>", "[EOS]"
+DEEPSEEK_BOS, KIMI_BOS = "<｜begin▁of▁sentence｜>", "[BOS]"
 BYTES = {bytes([b]): b for b in range(256)}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# of Moonlight and Kimi, whose tiktoken.model comes without a pattern (their tokenization_*.py has it)
+KIMI_PATTERN = "|".join([
+    r"[\p{Han}]+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])
 PROBE = "Hi, it's 1234\r\n\t   of 我们の・e\u0301 👩\u200d🚀 \u200b\0"  # each tokenizer must give this back unchanged
 
 
 def get_tokenizer(name_or_path) -> tiktoken.Encoding:
-    """"bytes", "gpt2" (downloaded on first use), a .tiktoken file, or a Hugging Face tokenizer.json (or its folder).
+    """"bytes", "gpt2" (downloaded on first use), a .tiktoken file, or a Hugging Face tokenizer.json (or its folder, or
+    one with the tiktoken.model of Moonlight or Kimi).
 
     Raises FileNotFoundError, ValueError (an unsupported or damaged file) or OSError (gpt2 while offline).
     """
@@ -34,19 +44,27 @@ def get_tokenizer(name_or_path) -> tiktoken.Encoding:
                           "--tokenizer bytes or a tokenizer file") from error
     path = Path(name_or_path)
     if path.is_dir():
-        path /= "tokenizer.json"
+        names = [n for n in ("tokenizer.json", "tiktoken.model", "tokenizer.model", "spiece.model", "vocab.txt",
+                             "vocab.json") if (path / n).is_file()]
+        path /= names[0] if names else "tokenizer.json"
+    if path.name in ("tokenizer.model", "spiece.model", "vocab.txt", "vocab.json"):
+        raise ValueError(f"{path}: a tokenizer in the form of {path.name} is not supported, only tokenizer.json and "
+                         "tiktoken.model are")
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer {name_or_path}: give bytes, gpt2, a .tiktoken file or a tokenizer.json")
     with blame(path):
+        if path.name == "tiktoken.model":
+            return from_kimi(path)
         return (from_tokenizer_json if path.suffix == ".json" else from_tiktoken_file)(path)
 
 
 def separator(enc: tiktoken.Encoding) -> int:
     """Id of the token that stands before each document. Raises ValueError if the tokenizer has none."""
-    for token in (ENDOFTEXT, DEEPSEEK_EOS):
+    for token in (ENDOFTEXT, DEEPSEEK_EOS, KIMI_EOS):
         if token in enc._special_tokens:
             return enc._special_tokens[token]
-    raise ValueError(f"tokenizer {enc.name} has neither {ENDOFTEXT} nor {DEEPSEEK_EOS} to separate documents")
+    raise ValueError(f"tokenizer {enc.name} has none of {ENDOFTEXT}, {DEEPSEEK_EOS} and {KIMI_EOS} to separate "
+                     "documents")
 
 
 def token_lengths(enc: tiktoken.Encoding) -> np.ndarray:
@@ -83,7 +101,7 @@ def build(name: str, pat_str: str, ranks: dict, special_tokens: dict) -> tiktoke
     need(b"" not in ranks and "" not in special_tokens and isinstance(name, str), "an empty token or name")
     for byte in BYTES:
         need(byte in ranks, f"a vocabulary without a token for the byte {byte!r}")
-    if not {ENDOFTEXT, DEEPSEEK_EOS} & special_tokens.keys():
+    if not {ENDOFTEXT, DEEPSEEK_EOS, KIMI_EOS} & special_tokens.keys():
         special_tokens = special_tokens | {ENDOFTEXT: max(ids) + 1}
     enc = tiktoken.Encoding(name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special_tokens)
     need(enc.decode(encode(enc, PROBE)) == PROBE, f"a pattern that loses text ({pat_str[:60]!r})")
@@ -116,8 +134,16 @@ def blame(origin):
         raise ValueError(f"{origin}: {' '.join(reason.split())}") from error
 
 
-def from_tiktoken_file(path: Path) -> tiktoken.Encoding:
-    """A file of `base64 rank` lines. It holds no pattern: we take GPT-2's."""
+def from_kimi(path: Path) -> tiktoken.Encoding:
+    """A tiktoken.model, with the special tokens that tokenizer_config.json beside it lists, ids kept."""
+    spec = json.loads((path.parent / "tokenizer_config.json").read_text("utf-8"))
+    need(spec.get("tokenizer_class") == "TikTokenTokenizer", f"tokenizer_class {spec.get('tokenizer_class')!r}")
+    special = {token["content"]: int(i) for i, token in spec["added_tokens_decoder"].items()}
+    return from_tiktoken_file(path, KIMI_PATTERN, special)
+
+
+def from_tiktoken_file(path: Path, pat_str: str = GPT2_PATTERN, special_tokens: dict = {}) -> tiktoken.Encoding:
+    """A file of `base64 rank` lines. It holds no pattern: we take GPT-2's by default."""
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -128,7 +154,51 @@ def from_tiktoken_file(path: Path) -> tiktoken.Encoding:
         need(token not in ranks, f"line {number}: token {token!r} a second time")
         ranks[token] = rank
     need(sorted(ranks.values()) == list(range(len(ranks))), f"a rank missing from, or twice in, 0...{len(ranks) - 1}")
-    return build(path.name, GPT2_PATTERN, ranks, {})
+    return build(path.name, pat_str, ranks, special_tokens)
+
+
+def byte_alphabet() -> dict:
+    shown = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]  # GPT-2 writes a byte as a character:
+    hidden = [b for b in range(256) if b not in shown]                         # itself if it shows, else 256, 257, ...
+    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+def encoding_to_tokenizer_json(enc: tiktoken.Encoding) -> dict:
+    """The inverse of from_tokenizer_json: contents of a tokenizer.json, from which Hugging Face makes the same ids."""
+    letters = {b: c for c, b in byte_alphabet().items()}
+    ranks = dict(sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]))
+
+    def spell(token):
+        return "".join(letters[b] for b in token)
+
+    merges = [last_pair(token, rank, ranks) for token, rank in ranks.items() if len(token) > 1]
+    need(all(len(pair) == 2 for pair in merges), f"a token of {enc.name} that no pair makes")
+    byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [{"id": i, "content": token, **plain}
+                             for token, i in sorted(enc._special_tokens.items(), key=lambda item: item[1])],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": enc._pat_str}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", **byte_level}]},
+            "post_processor": None, "decoder": {"type": "ByteLevel", **byte_level},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "vocab": {spell(token): i for token, i in ranks.items()} | enc._special_tokens,
+                      "merges": [[spell(a), spell(b)] for a, b in merges]}}
+
+
+def tokenizer_files(enc: tiktoken.Encoding) -> dict:
+    """{file name: contents} of a tokenizer for Hugging Face's PreTrainedTokenizerFast."""
+    eos = separator(enc)
+    names = {i: token for token, i in enc._special_tokens.items()}
+    bos = next((enc._special_tokens[t] for t in (DEEPSEEK_BOS, KIMI_BOS) if t in enc._special_tokens), eos)
+    return {"tokenizer.json": encoding_to_tokenizer_json(enc),
+            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False,
+                                      "add_eos_token": False, "clean_up_tokenization_spaces": False,
+                                      "bos_token": names[bos], "bos_token_id": bos,
+                                      "eos_token": names[eos], "eos_token_id": eos}}
 
 
 def from_tokenizer_json(path: Path) -> tiktoken.Encoding:
@@ -140,9 +210,7 @@ def from_tokenizer_json(path: Path) -> tiktoken.Encoding:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         need(not model.get(key), f"model.{key}")
 
-    shown = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]  # GPT-2 writes a byte as a character:
-    hidden = [b for b in range(256) if b not in shown]                         # itself if it shows, else 256, 257, ...
-    alphabet = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    alphabet = byte_alphabet()
 
     def raw(token):
         need(all(c in alphabet for c in token), f"token {token!r} (not byte-level)")
@@ -179,7 +247,7 @@ def last_pair(token: bytes, rank: int, ranks: dict) -> tuple:
 # A pattern as a list of syntax and of atoms, each of which eats one character. What is in neither (anchors, \w, \b,
 # named groups, nested sets, ...) means one thing to Hugging Face's regex engine and another to tiktoken's.
 PATTERN = re.compile(r"(?P<syntax>\((?:\?(?:i?:|>|<?[=!])|(?!\?))|[)|?*+]|\{\d+(?:,\d*)?\}(?!\+))"
-                     r"|(?P<atom>\[(?:\\.|[^\[\]\\])+\]|\\[pP](?:\{\^?\w+\}|\w)|\\.|[^()|?*+{}\[\]\\^$])", re.S)
+                     r"|(?P<atom>\[\^?(?:\\.|[^\[\]\\]|\[(?!:)(?:\\.|[^\[\]\\])+\])+\]|\\[pP](?:\{\^?\w+\}|\w)|\\.|[^()|?*+{}\[\]\\^$])", re.S)
 
 
 def one_pattern(pre_tokenizer: dict) -> str:

@@ -123,8 +123,7 @@ def compare():
 def speculation(ckpt):
     """Tokens per second of greedy and sampled text, plain and speculative in turns, on a trained model."""
     from sample import continuation, load, read_prompt
-    model, enc, window = load(ckpt, "cpu")
-    stop = enc.n_vocab      # no token: texts of equal length
+    model, enc, _, _, window = load(ckpt, "cpu")
     print(f"{'temperature':>11}{'plain tok/s':>13}{'speculative':>13}{'ratio':>7}{'accepted':>10}{'tokens/forward':>16}"
           f"{'ms/forward plain':>18}{'speculative':>13}")
     for temperature in (0.0, 0.8):
@@ -136,7 +135,7 @@ def speculation(ckpt):
                 stats, start = {}, time.perf_counter()
                 prompt = read_prompt("import os\n\n\ndef ", enc)[1]
                 generator = torch.Generator().manual_seed(repeat)
-                n = sum(1 for _ in continuation(model, prompt, window, stop, args, generator, stats))
+                n = sum(1 for _ in continuation(model, prompt, window, (), args, generator, stats))
                 if repeat:
                     rates[speculative].append((n / (time.perf_counter() - start), stats))
         plain, fast = (statistics.median(rate for rate, _ in rates[s]) for s in (False, True))

@@ -355,7 +355,7 @@ def test_text_beyond_the_block_size_goes_on_from_its_last_half(speculative):
     model = DeepSeekV3(DeepSeekV3Config.preset("tiny")).eval()
     args = types.SimpleNamespace(max_new_tokens=30, temperature=0, top_k=None, top_p=None, speculative=speculative)
     prompt = torch.randint(0, 256, (1, 5))
-    found = list(sample.continuation(model, prompt, 16, 256, args, None, {}))
+    found = list(sample.continuation(model, prompt, 16, {256}, args, None, {}))
     text = prompt
     for i in range(30):
         length = 5 + i if i < 11 else 8 + (i - 11) % 8

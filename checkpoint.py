@@ -1,0 +1,251 @@
+"""
+Released checkpoints: the files of DeepSeek-V3 and its kin on the Hugging Face Hub, read and written.
+
+A folder holds config.json and model.safetensors, or shards of it with model.safetensors.index.json. Beside model.py's
+stacked experts there are three things to know: each expert is a tensor by itself; the MTP modules, layers
+num_hidden_layers and up, repeat embedding and head; and `weight` may be FP8 with a `weight_scale_inv` for each 128x128
+block, which multiplies. Use it as DeepSeekV3.from_pretrained and save_pretrained.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from model import DeepSeekV3Config
+
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FP8_FORMAT = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def released_tensors(model):
+    """{name in a released checkpoint: tensor}, each expert by itself, and the names that only repeat another
+    tensor: embedding and head of the MTP modules, and a tied head."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        stem, _, kind = name.rpartition(".")
+        if stem.endswith(".mlp.experts"):
+            tensors |= {f"{stem}.{e}.{kind}.weight": tensor[e] for e in range(len(tensor))}
+        else:
+            tensors[name] = tensor
+    copies = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    for i in range(model.config.num_hidden_layers, len(model.model.layers)):
+        for name, shared in ("embed_tokens", model.model.embed_tokens), ("shared_head.head", model.lm_head):
+            tensors[f"model.layers.{i}.{name}.weight"] = shared.weight.detach()
+            copies.add(f"model.layers.{i}.{name}.weight")
+    return tensors, copies
+
+
+@torch.no_grad()
+def load(cls, dir, dtype=None, device=None, **changes):
+    """DeepSeekV3.from_pretrained; cls: DeepSeekV3. Peak memory is the model and one tensor, as tensors are read one by one."""
+    dir = Path(dir)
+    config = dataclasses.replace(read_config(dir)[0], **changes)
+    where = find_tensors(dir)       # {name: (file, dtype, shape)}
+    first_mtp = config.num_hidden_layers
+    if not any(name.startswith(f"model.layers.{first_mtp + k}.") for name in where
+               for k in range(config.num_nextn_predict_layers)):
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    if config.num_hidden_layers > len(where) or 3 * config.n_routed_experts > len(where) and (
+            config.num_hidden_layers > config.first_k_dense_replace):
+        raise ValueError(f"{dir} holds {len(where)} tensors, too few for the {config.num_hidden_layers} layers and "
+                         f"{config.n_routed_experts} experts of its config.json")
+    with torch.device("meta"):
+        model = cls(config)
+    expected, copies = released_tensors(model)
+
+    # Account for every tensor before any memory is spent
+    missing, wrong = [n for n in expected if n not in where and n not in copies], []
+    unexpected = {n for n in where if n not in expected and not n.endswith(".rotary_emb.inv_freq")}
+    for name in expected.keys() & where.keys():
+        _, stored, shape = where[name]
+        if shape != tuple(expected[name].shape):
+            wrong.append(f"{name} has the shape {shape} instead of {tuple(expected[name].shape)}")
+        elif stored == "F8_E4M3" and len(shape) == 2:
+            scale, blocks = name + "_scale_inv", tuple(-(-n // 128) for n in shape)
+            unexpected.discard(scale)
+            if scale not in where:
+                missing.append(scale)
+            elif where[scale][1:] != ("F32", blocks):
+                wrong.append(f"{scale} is {where[scale][1]} {where[scale][2]} instead of F32 {blocks}")
+        elif stored not in STORED_DTYPES:
+            wrong.append(f"{name} has the dtype {stored}, which is none of {', '.join(STORED_DTYPES)} or F8_E4M3")
+    parts = [f"{what} {', '.join(sorted(names)[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+             for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong:", wrong)) if names]
+    if parts:
+        raise ValueError(f"the tensors of {dir} don't fit its config.json: {'; '.join(parts)}")
+
+    dtype = dtype or STORED_DTYPES.get(where["model.embed_tokens.weight"][1], torch.bfloat16)
+    model = model.to(dtype).to_empty(device=device or "cpu")
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight      # to_empty parts them
+    for name, target in released_tensors(model)[0].items():
+        if name in where and name not in copies:
+            tensor = read_tensor(where[name][0], name)
+            if where[name][1] == "F8_E4M3":
+                scale = name + "_scale_inv"
+                tensor = weight_dequant(tensor, read_tensor(where[scale][0], scale))
+            target.copy_(tensor)
+    return model.eval()
+
+
+@torch.no_grad()
+def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9):
+    """DeepSeekV3.save_pretrained."""
+    save_file, dir, tmp = safetensors().torch.save_file, Path(dir), ".tmp"
+    tensors, copies = released_tensors(model)
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+
+    def is_fp8(name, t):    # embedding, head, norms, gate and eh_proj are not
+        return fp8 and t.dim() == 2 and (".self_attn." in name or ".mlp." in name) and ".gate.weight" not in name
+
+    def size(name, t):
+        if is_fp8(name, t):
+            return t.numel() + 4 * math.prod(-(-n // 128) for n in t.shape)
+        return t.numel() * (2 if fp8 and "e_score" not in name else t.element_size())
+
+    shards, room = [], 0
+    for name, t in tensors.items():
+        if size(name, t) > room or not shards:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size(name, t)
+    dir.mkdir(parents=True, exist_ok=True)
+    files, index = [], {}
+    try:
+        for i, names in enumerate(shards, 1):
+            file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+            shard = {}
+            for name in names:
+                t = tensors[name].clone() if name in copies else tensors[name].contiguous()
+                if is_fp8(name, t):
+                    shard[name], shard[name + "_scale_inv"] = weight_quant(t)
+                else:
+                    shard[name] = t.to(torch.bfloat16) if fp8 and "e_score" not in name else t
+            files.append(file)
+            save_file(shard, dir / (file + tmp), metadata={"format": "pt"})
+            index |= dict.fromkeys(shard, file)
+        texts = {}
+        if len(shards) > 1:
+            total = sum(size(name, t) for name, t in tensors.items())
+            texts["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": index}
+        config = {**dataclasses.asdict(model.config), "architectures": ["DeepseekV3ForCausalLM"],
+                  "model_type": "deepseek_v3", "num_key_value_heads": model.config.num_attention_heads,
+                  "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "moe_layer_freq": 1,
+                  "scoring_func": "sigmoid", "topk_method": "noaux_tc", "bos_token_id": None, "eos_token_id": None,
+                  "torch_dtype": "bfloat16" if fp8 else str(model.lm_head.weight.dtype).removeprefix("torch.")}
+        if fp8:
+            config["quantization_config"] = FP8_FORMAT
+        if encoding is not None:
+            from data.tokenizer import tokenizer_files
+            token_files = tokenizer_files(encoding)
+            config |= {k: token_files["tokenizer_config.json"].pop(k) for k in ("bos_token_id", "eos_token_id")}
+            texts |= token_files
+        for file, content in (texts | {"config.json": config}).items():
+            files.append(file)
+            (dir / (file + tmp)).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for file in files:
+            with open(dir / (file + tmp), "rb+") as f:
+                os.fsync(f.fileno())
+        (dir / "config.json").unlink(missing_ok=True)       # from here until it is back, this is no checkpoint
+        for old in [*dir.glob("model*.safetensors"), dir / "model.safetensors.index.json"]:
+            old.unlink(missing_ok=True)
+        for file in files:
+            os.replace(dir / (file + tmp), dir / file)
+    finally:
+        for file in files:
+            (dir / (file + tmp)).unlink(missing_ok=True)
+
+
+def weight_dequant(weight, scale_inv):
+    """Released FP8 to fp32. weight: (M, N) float8_e4m3fn; scale_inv: (ceil(M/128), ceil(N/128)), which multiplies."""
+    scale = scale_inv.float().repeat_interleave(128, 0)[:weight.size(0)]                    # (M, N/128)
+    return weight.float().mul_(scale.repeat_interleave(128, 1)[:, :weight.size(1)])
+
+
+def weight_quant(weight):
+    """(M, N) -> float8_e4m3fn (M, N) and its scale_inv, fp32, amax/448 of each 128x128 block. An all-zero block stays."""
+    M, N = weight.shape
+    blocks = F.pad(weight.float(), (0, -N % 128, 0, -M % 128)).unflatten(0, (-1, 128)).unflatten(-1, (-1, 128))
+    scale = blocks.abs().amax((1, 3)).clamp(min=1e-4) / 448                                 # (M/128, N/128)
+    blocks = (blocks / scale[:, None, :, None]).clamp(-448, 448).to(torch.float8_e4m3fn)    # (M/128, 128, N/128, 128)
+    return blocks.flatten(2).flatten(0, 1)[:M, :N].contiguous(), scale
+
+
+def safetensors():
+    try:
+        import safetensors.torch
+        return safetensors
+    except ImportError:
+        raise ImportError("released checkpoints need the safetensors package: pip install safetensors") from None
+
+
+def read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        reason = f"it holds a {type(content).__name__}"
+    except (ValueError, RecursionError) as e:
+        reason = " ".join(str(e).split())[:100]
+    raise ValueError(f"{path} is not a JSON object: {reason}")
+
+
+def read_config(dir):
+    """-> DeepSeekV3Config and config.json's dict."""
+    if not (path := dir / "config.json").is_file():
+        raise ValueError(f"{dir} is no folder with a config.json")
+    raw = read_json(path)
+    quantized = raw.get("quantization_config") or {}
+    for key, value in FP8_FORMAT.items():
+        if quantized and (not isinstance(quantized, dict) or quantized.get(key, value) != value):
+            raise ValueError(f"{path}: quantization_config={str(quantized)[:200]} is not supported, only DeepSeek's "
+                             f"FP8 is, whose {key} is {value!r}")
+    return DeepSeekV3Config.from_json(path), raw
+
+
+def open_safetensors(file):
+    lib = safetensors()
+    try:
+        return lib.safe_open(file, "pt")
+    except (lib.SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{file} is damaged or no safetensors file: {' '.join(str(e).split())[:200]}") from None
+
+
+def find_tensors(dir):
+    """The safetensors files of a folder -> {tensor's name: (file, dtype as stored, shape)}. Reads their headers only."""
+    index_file, files, weight_map = dir / "model.safetensors.index.json", ["model.safetensors"], None
+    if index_file.is_file():
+        weight_map = read_json(index_file).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index_file} has no weight_map")
+        files = list(dict.fromkeys(map(str, weight_map.values())))
+    where = {}
+    for file in files:
+        path = dir / file
+        if file != path.name or not file.endswith(".safetensors"):
+            raise ValueError(f"{index_file} names {file!r}, which is no safetensors file of its own folder")
+        if not path.is_file():
+            raise ValueError(f"{dir} has no {file}; weights are read from safetensors files only, never from pickles")
+        with open_safetensors(path) as f:
+            for name in f.keys():
+                if name in where:
+                    raise ValueError(f"{dir} has {name} in two files, {where[name][0].name} and {file}")
+                view = f.get_slice(name)
+                where[name] = path, view.get_dtype(), tuple(view.get_shape())
+    for name, file in (weight_map or {}).items():
+        if name not in where or where[name][0].name != file:
+            raise ValueError(f"{index_file} says that {name} is in {file}, which doesn't hold it")
+    return where
+
+
+def read_tensor(file, name):
+    """One tensor, on the CPU. The file is mapped anew for each: pages stay in memory as long as the mapping does."""
+    with open_safetensors(file) as f:
+        return f.get_tensor(name)

@@ -1,0 +1,597 @@
+"""Checkpoints in the released format: written here by hand or by Hugging Face transformers, read, written, refused."""
+
+import dataclasses
+import json
+import random
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from checkpoint import weight_dequant, weight_quant
+from data.prepare import prepare
+from data.tokenizer import (BYTES, DEEPSEEK_EOS, KIMI_PATTERN, build, encode, encoding_to_tokenizer_json, get_tokenizer,
+                            tokenizer_files)
+from model import DeepSeekV3
+
+st = pytest.importorskip("safetensors.torch", reason="released checkpoints are safetensors files")
+YARN = dict(type="yarn", factor=4, original_max_position_embeddings=32, beta_fast=32, beta_slow=1, mscale=0.7,
+            mscale_all_dim=1.0)
+NASTY = ("Hi, it's 1234567\r\n\r\n\t   of      spaces 我们の・e\u0301 👩\u200d🚀 \u200b IT'S naïve Straße中文1a中 x=+=1;\n\n\n"
+         "  def f(x):\n        return x**2  # ok\x00\ufeff 한국어 ١٢٣ ½²" + " " * 300 + "end \n \r\n")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads that share a busy core spend seconds waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def released(model, fp8=False):
+    """What the release holds, put together without the code under test: {name: tensor}."""
+    c, tensors = model.config, {}
+    for name, t in model.state_dict().items():
+        if ".experts." in name and "shared" not in name:
+            for e, w in enumerate(t):
+                stem, kind = name.rsplit(".", 1)
+                tensors[f"{stem}.{e}.{kind}.weight"] = w.clone()
+        elif not (name == "lm_head.weight" and c.tie_word_embeddings):
+            tensors[name] = t.clone()
+    for k in range(c.num_nextn_predict_layers):
+        stem = f"model.layers.{c.num_hidden_layers + k}"
+        tensors[f"{stem}.embed_tokens.weight"] = model.model.embed_tokens.weight.detach().clone()
+        tensors[f"{stem}.shared_head.head.weight"] = model.lm_head.weight.detach().clone()
+    if fp8:
+        for name in [n for n in tensors if n.endswith("_proj.weight") and "eh_proj" not in n or "mqa" in n]:
+            w = tensors[name]
+            scale = torch.rand(-(-w.size(0) // 128), -(-w.size(1) // 128)) * 1e-3 + 1e-4
+            full = scale.repeat_interleave(128, 0)[:w.size(0)].repeat_interleave(128, 1)[:, :w.size(1)]
+            tensors[name] = (w / full).clamp(-448, 448).to(torch.float8_e4m3fn)
+            tensors[name + "_scale_inv"] = scale
+    return tensors
+
+
+def config_json(config, form="release", **changes):
+    raw = {k: v for k, v in dataclasses.asdict(config).items()
+           if k not in ("bias_update_speed", "balance_loss_alpha", "mtp_loss_weight")}
+    raw |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_act": "silu",
+            "num_key_value_heads": config.num_attention_heads, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+            "bos_token_id": 0, "eos_token_id": 1}
+    if form == "transformers 5":
+        theta, yarn = raw.pop("rope_theta"), raw.pop("rope_scaling")
+        raw["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
+        if yarn:
+            raw["rope_parameters"] = {"rope_theta": theta, "rope_type": "yarn",
+                                      **{k: v for k, v in yarn.items() if k != "type"}}
+    return {**raw, **changes}
+
+
+def write(dir, tensors, raw, shards=1):
+    dir.mkdir(exist_ok=True)
+    (dir / "config.json").write_text(json.dumps(raw))
+    if shards == 1:
+        st.save_file(tensors, dir / "model.safetensors", metadata={"format": "pt"})
+        return dir
+    index = {}
+    for i in range(shards):     # dealt like cards: a weight and its scale lie in different files
+        part = {name: tensors[name] for name in list(tensors)[i::shards]}
+        st.save_file(part, dir / f"model-{i}.safetensors", metadata={"format": "pt"})
+        index |= dict.fromkeys(part, f"model-{i}.safetensors")
+    (dir / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return dir
+
+
+def equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+CASES = [{}, dict(q_lora_rank=None), dict(tie_word_embeddings=True), dict(num_nextn_predict_layers=0),
+         dict(num_nextn_predict_layers=2, tie_word_embeddings=True), dict(rope_scaling=YARN), dict(n_shared_experts=0),
+         dict(first_k_dense_replace=0), dict(first_k_dense_replace=3, num_nextn_predict_layers=0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shards, form", [(1, "release"), (3, "transformers 5")])
+@pytest.mark.parametrize("changes", CASES, ids=str)
+def test_released_layout_loads(tmp_path, make_model, changes, dtype, shards, form):
+    model = make_model(**changes).to(dtype)
+    tensors = released(model) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    loaded = DeepSeekV3.from_pretrained(write(tmp_path, tensors, config_json(model.config, form), shards))
+    equal(loaded, model)
+    assert not loaded.training and loaded.num_params() == model.num_params()        # a tied head stays tied
+    idx = torch.randint(61, (2, 9))
+    assert torch.equal(loaded(idx)[0], model(idx)[0])
+
+
+def test_bias_stays_fp32_even_if_stored_in_bf16(tmp_path, make_model):
+    model = make_model()
+    tensors = {k: v.bfloat16() for k, v in released(model).items()}
+    loaded = DeepSeekV3.from_pretrained(write(tmp_path, tensors, config_json(model.config)))
+    bias = loaded.model.layers[1].mlp.gate.e_score_correction_bias
+    assert bias.dtype == torch.float32 and torch.equal(bias, tensors["model.layers.1.mlp.gate.e_score_correction_bias"].float())
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+    assert DeepSeekV3.from_pretrained(tmp_path, torch.float32).lm_head.weight.dtype == torch.float32
+
+
+def test_mtp_dropped_by_hugging_face_loads_without(tmp_path, make_model):
+    model = make_model(num_nextn_predict_layers=2)
+    tensors = {k: v for k, v in released(model).items() if not k.startswith(("model.layers.3.", "model.layers.4."))}
+    loaded = DeepSeekV3.from_pretrained(write(tmp_path, tensors, config_json(model.config)))
+    assert loaded.config.num_nextn_predict_layers == 0 and len(loaded.model.layers) == 3
+
+
+def test_changes_override_the_config(tmp_path, make_model):
+    model = make_model()
+    write(tmp_path, released(model), config_json(model.config))
+    longer = DeepSeekV3.from_pretrained(tmp_path, rope_scaling=YARN, max_position_embeddings=512)
+    assert longer.config.rope_scaling == YARN and longer.config.max_position_embeddings == 512
+    assert longer.model.layers[0].self_attn.softmax_scale != model.model.layers[0].self_attn.softmax_scale
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (1, 1), (130, 300), (256, 129), (127, 384)])
+def test_fp8_blocks_dequantise_and_quantise(shape):
+    w = torch.randn(shape) * torch.logspace(-3, 1, shape[1])
+    w[:64] = 0 if shape[0] == 127 else w[:64]
+    q, scale = weight_quant(w)
+    assert q.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32
+    assert q.shape == shape and scale.shape == tuple(-(-n // 128) for n in shape)
+    back = weight_dequant(q, scale)
+    for i in range(scale.size(0)):
+        for j in range(scale.size(1)):
+            block = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+            assert torch.equal(back[block], q[block].float() * scale[i, j])
+            amax = w[block].abs().max()
+            assert torch.allclose(scale[i, j], amax / 448) and torch.allclose(back[block].abs().max(), amax)
+            assert ((back[block] - w[block]).abs() <= w[block].abs() / 16 + amax / 448 / 512).all()
+    q, scale = weight_quant(torch.zeros(130, 5))
+    assert torch.equal(weight_dequant(q, scale), torch.zeros(130, 5))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_fp8_loads_dequantised(tmp_path, make_model, shards):
+    model = make_model(hidden_size=144, intermediate_size=272, kv_lora_rank=136)
+    tensors = released(model.bfloat16(), fp8=True)
+    raw = config_json(model.config, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    loaded = DeepSeekV3.from_pretrained(write(tmp_path, tensors, raw, shards))
+    assert {t.dtype for n, t in loaded.state_dict().items() if "e_score" not in n} == {torch.bfloat16}
+    name = "model.layers.0.mlp.down_proj.weight"
+    scale = tensors[name + "_scale_inv"]
+    assert scale.shape == (2, 3)
+    full = torch.kron(scale, torch.ones(128, 128))[:144, :272]
+    assert torch.equal(loaded.state_dict()[name], (tensors[name].float() * full).bfloat16())
+    expert = "model.layers.1.mlp.experts.7.up_proj.weight"
+    want = weight_dequant(tensors[expert], tensors[expert + "_scale_inv"])
+    assert torch.equal(DeepSeekV3.from_pretrained(tmp_path, torch.float32).model.layers[1].mlp.experts.up_proj[7], want)
+
+
+def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("reads /proc/self/status")
+    code = f"""if True:
+        import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+        import torch, safetensors.torch
+        from model import DeepSeekV3, DeepSeekV3Config
+        def kb(key): return int(open("/proc/self/status").read().split(key)[1].split()[0])
+        torch.set_num_threads(1)
+        c = DeepSeekV3Config(vocab_size=16384, hidden_size=512, intermediate_size=1024, moe_intermediate_size=512,
+            num_hidden_layers=5, num_attention_heads=4, q_lora_rank=None, kv_lora_rank=64, n_routed_experts=8, n_group=1,
+            topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1, num_nextn_predict_layers=0)
+        if sys.argv[1] == "save":
+            DeepSeekV3(c).save_pretrained({str(tmp_path)!r})
+        else:
+            import checkpoint as module
+            read, seen = module.read_tensor, [0]
+            def sampled(*args):
+                tensor = read(*args)
+                tensor.sum()        # touches all of its pages
+                seen.append(kb("VmRSS:"))
+                return tensor
+            module.read_tensor = sampled
+            with torch.device("meta"):
+                DeepSeekV3(c)       # the first use of meta imports 100 MB of torch
+            before = kb("VmRSS:")
+            model = DeepSeekV3.from_pretrained({str(tmp_path)!r})
+            size = sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1024
+            print(size, model.lm_head.weight.numel() * 4 / 1024, max(*seen, kb("VmRSS:")) - before)
+    """
+    subprocess.run([sys.executable, "-c", code, "save"], check=True)
+    out = subprocess.run([sys.executable, "-c", code, "load"], check=True, capture_output=True, text=True).stdout
+    model, tensor, peak = map(float, out.split())
+    print(f"model {model / 1024:.0f} MB, largest tensor {tensor / 1024:.0f} MB, peak {peak / 1024:.0f} MB")
+    assert model > 190 * 1024 and peak < model + tensor + 24 * 1024
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+@pytest.mark.parametrize("changes", CASES, ids=str)
+def test_round_trip_is_bit_equal(tmp_path, make_model, changes):
+    model = make_model(**changes)
+    model.save_pretrained(tmp_path, shard_bytes=20_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3 and not list(tmp_path.glob("*.tmp"))
+    loaded = DeepSeekV3.from_pretrained(tmp_path)
+    equal(loaded, model)
+    assert loaded.config == model.config
+    model.bfloat16().save_pretrained(tmp_path)      # over the earlier one, whose shards go
+    assert [p.name for p in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+    equal(DeepSeekV3.from_pretrained(tmp_path), model)
+    with st.safe_open(tmp_path / "model.safetensors", "pt") as f:
+        assert set(f.keys()) == released(model).keys() and f.metadata() == {"format": "pt"}
+
+
+def test_fp8_export_has_the_releases_tensors(tmp_path, make_model):
+    model = make_model(hidden_size=144, intermediate_size=272)
+    model.save_pretrained(tmp_path, fp8=True)
+    tensors, want = st.load_file(tmp_path / "model.safetensors"), released(model, fp8=True)
+    assert tensors.keys() == want.keys()
+    for name, t in tensors.items():
+        kind = want[name].dtype if "e_score" in name or "float8" in str(want[name].dtype) or "scale" in name else torch.bfloat16
+        assert t.dtype == kind and t.shape == want[name].shape, name
+    loaded = DeepSeekV3.from_pretrained(tmp_path, torch.float32)
+    for name, t in model.state_dict().items():
+        assert (loaded.state_dict()[name] - t).abs().max() <= t.abs().max() / 16, name
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["weight_block_size"] == [128, 128]
+
+
+def test_interrupted_save_keeps_the_old_checkpoint(tmp_path, make_model, monkeypatch):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    save, calls = st.save_file, []
+
+    def full_disk(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("No space left on device")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(st, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        make_model(hidden_size=32).save_pretrained(tmp_path, shard_bytes=20_000)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    equal(DeepSeekV3.from_pretrained(tmp_path), model)
+
+
+# ------------------------------------------------------------------------------------- parity with Hugging Face
+
+HF_CASES = [{}, dict(q_lora_rank=None, num_nextn_predict_layers=0), dict(rope_scaling=YARN, num_nextn_predict_layers=2),
+            dict(tie_word_embeddings=True), dict(norm_topk_prob=False, n_group=1, topk_group=1, routed_scaling_factor=1.7),
+            dict(n_group=2, topk_group=1, n_shared_experts=2, rope_theta=50000.0)]
+
+
+@pytest.fixture
+def hf():
+    transformers = pytest.importorskip("transformers", reason="parity is with Hugging Face transformers")
+    if not hasattr(transformers, "DeepseekV3ForCausalLM"):
+        pytest.skip("this transformers has no DeepseekV3ForCausalLM")
+    transformers.logging.set_verbosity_error()
+    return transformers.DeepseekV3ForCausalLM
+
+
+def same_outputs(ours, theirs):
+    idx = torch.randint(61, (2, 40))
+    with torch.no_grad():
+        a, b = ours(idx)[0], theirs(idx).logits
+    assert (a - b).abs().max() < 1e-4, (a - b).abs().max()
+    theirs.generation_config.eos_token_id = None        # as an argument, None means the config's
+    want = theirs.generate(idx[:, :7], max_new_tokens=20, do_sample=False, pad_token_id=0,
+                           attention_mask=torch.ones(2, 7, dtype=torch.int64))     # else token 0 is masked as padding
+    assert torch.equal(ours.generate(idx[:, :7], 20, temperature=0), want)
+
+
+@pytest.mark.parametrize("form", ["release", "transformers 5"])
+@pytest.mark.parametrize("changes", HF_CASES, ids=str)
+def test_same_file_same_logits_as_transformers(tmp_path, make_model, hf, changes, form):
+    model = make_model(**changes)
+    write(tmp_path, released(model), config_json(model.config, form))
+    same_outputs(DeepSeekV3.from_pretrained(tmp_path), hf.from_pretrained(tmp_path, dtype=torch.float32).eval())
+
+
+@pytest.mark.parametrize("changes", HF_CASES, ids=str)
+def test_transformers_loads_what_we_save_and_we_what_it_saves(tmp_path, make_model, hf, changes):
+    model = make_model(**changes)
+    model.save_pretrained(tmp_path / "a", shard_bytes=30_000)
+    theirs, info = hf.from_pretrained(tmp_path / "a", dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert all(f"layers.{3 + k}." in name for name in info["unexpected_keys"] for k in [int(name.split(".")[2]) - 3])
+    same_outputs(model, theirs.eval())
+    theirs.save_pretrained(tmp_path / "b")
+    back = DeepSeekV3.from_pretrained(tmp_path / "b")
+    assert back.config.num_nextn_predict_layers == 0
+    for name, t in back.state_dict().items():
+        assert torch.equal(t, model.state_dict()[name]), name
+    same_outputs(back, theirs)
+
+
+def test_fp8_equals_transformers_on_dequantised_weights(tmp_path, make_model, hf):
+    model = make_model(hidden_size=144, intermediate_size=272, kv_lora_rank=136)
+    tensors = released(model, fp8=True)
+    ours = DeepSeekV3.from_pretrained(write(tmp_path / "fp8", tensors, config_json(model.config)), torch.float32)
+    plain = {}
+    for name, t in tensors.items():
+        if t.dtype == torch.float8_e4m3fn:
+            blocks = torch.kron(tensors[name + "_scale_inv"], torch.ones(128, 128))
+            plain[name] = t.float() * blocks[:t.size(0), :t.size(1)]
+        elif not name.endswith("_scale_inv"):
+            plain[name] = t
+    write(tmp_path / "plain", plain, config_json(model.config))
+    same_outputs(ours, hf.from_pretrained(tmp_path / "plain", dtype=torch.float32).eval())
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+def drop(*names):
+    return lambda tensors, raw: [tensors.pop(n) for n in names]
+
+
+def put(name, tensor):
+    return lambda tensors, raw: tensors.update({name: tensor})
+
+
+def conf(**changes):
+    return lambda tensors, raw: raw.update(changes)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (drop("model.norm.weight"), ["missing model.norm.weight"]),
+    (drop("model.layers.1.mlp.experts.7.up_proj.weight"), ["missing model.layers.1.mlp.experts.7.up_proj.weight"]),
+    (drop(*(f"model.layers.2.mlp.experts.{e}.up_proj.weight" for e in range(9))), ["missing", "and 6 more"]),
+    (drop("lm_head.weight"), ["missing lm_head.weight"]),
+    (drop("model.layers.3.eh_proj.weight"), ["missing model.layers.3.eh_proj.weight"]),
+    (put("model.layers.0.self_attn.q_proj.bias", torch.ones(3)), ["unexpected model.layers.0.self_attn.q_proj.bias"]),
+    (put("model.layers.1.mlp.experts.12.up_proj.weight", torch.ones(32, 48)), ["unexpected", "experts.12.up_proj"]),
+    (put("model.norm.weight_scale_inv", torch.ones(1)), ["unexpected model.norm.weight_scale_inv"]),
+    (put("model.norm.weight", torch.ones(47)), ["model.norm.weight has the shape (47,) instead of (48,)"]),
+    (put("model.layers.3.embed_tokens.weight", torch.ones(60, 48)), ["embed_tokens.weight has the shape (60, 48)"]),
+    (put("model.norm.weight", torch.ones(48, dtype=torch.int32)), ["model.norm.weight has the dtype I32"]),
+    (put("model.norm.weight", torch.ones(48).to(torch.float8_e4m3fn)), ["model.norm.weight has the dtype F8_E4M3"]),
+    (put("lm_head.weight", torch.ones(61, 48).to(torch.float8_e5m2)), ["lm_head.weight has the dtype F8_E5M2"]),
+    (put("lm_head.weight", torch.ones(61, 48).to(torch.float8_e4m3fn)), ["missing lm_head.weight_scale_inv"]),
+    (lambda t, r: t.update({"lm_head.weight": torch.ones(61, 48).to(torch.float8_e4m3fn),
+                            "lm_head.weight_scale_inv": torch.ones(2, 1)}), ["lm_head.weight_scale_inv is F32 (2, 1)"]),
+    (lambda t, r: (drop("model.norm.weight")(t, r), put("x", torch.ones(1))(t, r)), ["missing", "unexpected x"]),
+    (conf(num_hidden_layers=4), ["unexpected model.layers.3"]),
+    (conf(num_nextn_predict_layers=0), ["unexpected model.layers.3"]),
+    (conf(num_nextn_predict_layers=2), ["missing model.layers.4"]),
+    (conf(num_hidden_layers=2**31 - 1), ["too few for the 2147483647 layers"]),
+    (conf(n_routed_experts=2**30, n_group=1, topk_group=1), ["too few"]),
+    (conf(model_type="llama"), ["model_type='llama'"]),
+    (conf(quantization_config={"quant_method": "gptq"}), ["quantization_config", "gptq"]),
+    (conf(quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]}), ["weight_block_size"]),
+])
+def test_every_tensor_is_accounted_for(tmp_path, make_model, damage, words):
+    model = make_model()
+    tensors, raw = released(model), config_json(model.config)
+    damage(tensors, raw)
+    write(tmp_path, tensors, raw)
+    with pytest.raises(ValueError) as error:
+        DeepSeekV3.from_pretrained(tmp_path)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+
+
+def index(**changes):
+    def damage(dir):
+        path = dir / "model.safetensors.index.json"
+        content = json.loads(path.read_text())
+        for name, file in changes.items():
+            content["weight_map"][name.replace("__", ".")] = file
+        path.write_text(json.dumps(content))
+    return damage
+
+
+@pytest.mark.parametrize("damage, words", [
+    (index(lm_head__weight="../../etc/passwd"), "'../../etc/passwd', which is no safetensors file of its own folder"),
+    (index(lm_head__weight="/etc/passwd.safetensors"), "of its own folder"),
+    (index(lm_head__weight="pytorch_model.bin"), "no safetensors file"),
+    (index(lm_head__weight=7), "'7'"),
+    (index(lm_head__weight="model-9.safetensors"), "has no model-9.safetensors"),
+    (index(other="model-0.safetensors"), "says that other is in model-0.safetensors"),
+    (index(lm_head__weight="model-2.safetensors", model__norm__weight="model-2.safetensors"), "doesn't hold it"),
+    (lambda d: (d / "model.safetensors.index.json").write_text("[1]"), "is not a JSON object"),
+    (lambda d: (d / "model.safetensors.index.json").write_text("{"), "is not a JSON object"),
+    (lambda d: (d / "model.safetensors.index.json").write_bytes(b"\xff"), "is not a JSON object"),
+    (lambda d: (d / "model.safetensors.index.json").write_text("[" * 100000), "is not a JSON object"),
+    (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
+    (lambda d: (d / "model.safetensors.index.json").unlink(), "has no model.safetensors; weights are read from"),
+    (lambda d: (d / "config.json").unlink(), "no folder with a config.json"),
+    (lambda d: (d / "config.json").write_text("nan?"), "not a JSON object"),
+    (lambda d: (d / "model-1.safetensors").write_bytes(b""), "model-1.safetensors is damaged or no safetensors file"),
+    (lambda d: torch.save({"a": torch.ones(1)}, d / "model-1.safetensors"), "damaged or no safetensors file"),
+    (lambda d: (d / "model-1.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}"), "damaged or no"),
+    (lambda d: (d / "model-1.safetensors").write_bytes((d / "model-0.safetensors").read_bytes()), "in two files"),
+])
+def test_damaged_folders_are_refused(tmp_path, make_model, damage, words):
+    model = make_model()
+    write(tmp_path, released(model), config_json(model.config), shards=3)
+    damage(tmp_path)
+    with pytest.raises(ValueError) as error:
+        DeepSeekV3.from_pretrained(tmp_path)
+    assert words in str(error.value) and "\n" not in str(error.value), error.value
+
+
+def test_fuzzed_headers_give_one_value_error(tmp_path, make_model):
+    model = make_model(num_hidden_layers=1, first_k_dense_replace=1, num_nextn_predict_layers=0)
+    write(tmp_path, released(model), config_json(model.config))
+    file, rng = tmp_path / "model.safetensors", random.Random(0)
+    good = file.read_bytes()
+    header = struct.unpack("<Q", good[:8])[0]
+    DeepSeekV3.from_pretrained(tmp_path)
+    refused = 0
+    for i in range(400):
+        if i % 4 == 0:
+            bad = good[:rng.randrange(len(good))]
+        elif i % 4 == 1:    # digits: lengths, shapes, offsets
+            at = rng.choice([j for j in range(8, 8 + header) if chr(good[j]).isdigit()])
+            bad = good[:at] + bytes([rng.choice(b"0123456789")]) + good[at + 1:]
+        else:
+            at = rng.randrange(8 + header)
+            bad = good[:at] + bytes([good[at] ^ 1 << rng.randrange(8)]) + good[at + 1:]
+        file.write_bytes(bad)
+        try:
+            DeepSeekV3.from_pretrained(tmp_path)
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000
+            refused += 1
+        else:       # padding, or the same digit again: nothing that is read
+            changed = [j for j in range(len(good)) if bad[j] != good[j]]
+            assert not changed or good[changed[0]] == ord(" ") or b"__metadata__" in good[max(changed[0] - 40, 0):changed[0] + 40]
+    assert refused > 350
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizers
+
+def toy_ranks(n=600):
+    """Byte pairs merged by their frequency in NASTY, as BPE training would."""
+    ranks, words = dict(BYTES), [[bytes([b]) for b in w.encode()] for w in NASTY.split(" ") * 2 + [" " * 40, "12345"]]
+    while len(ranks) < n:
+        counts = {}
+        for w in words:
+            for pair in zip(w, w[1:]):
+                counts[pair] = counts.get(pair, 0) + 1
+        pair = max(counts, key=lambda p: (counts[p], p), default=None)
+        if pair is None:
+            break
+        ranks[pair[0] + pair[1]] = len(ranks)
+        for w in words:
+            i = 0
+            while i < len(w) - 1:
+                if (w[i], w[i + 1]) == pair:
+                    w[i:i + 2] = [pair[0] + pair[1]]
+                i += 1
+    return ranks
+
+
+CL100K = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+          r"\s+(?!\S)|\s+")
+
+
+def kimi(dir, **changes):
+    import base64
+    ranks = toy_ranks()
+    (dir / "tiktoken.model").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in ranks.items()))
+    n = len(ranks)
+    tokens = {n: "[BOS]", n + 1: "[EOS]", n + 2: "<|im_end|>", n + 60: "[PAD]"}
+    raw = {"tokenizer_class": "TikTokenTokenizer", "bos_token": "[BOS]", "eos_token": "[EOS]",
+           "added_tokens_decoder": {str(i): {"content": t, "special": True} for i, t in tokens.items()}}
+    (dir / "tokenizer_config.json").write_text(json.dumps(raw | changes))
+    return tokens
+
+
+@pytest.mark.parametrize("pattern", [CL100K, KIMI_PATTERN, "bytes"], ids=["cl100k", "kimi", "bytes"])
+def test_exported_tokenizer_gives_the_same_ids(tmp_path, pattern):
+    transformers = pytest.importorskip("transformers", reason="reads the exported tokenizer")
+    enc = get_tokenizer("bytes")
+    if pattern != "bytes":
+        enc = build("toy", pattern, toy_ranks(), {DEEPSEEK_EOS: 700, "<|x|>": 705})
+    for name, content in tokenizer_files(enc).items():
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    again = get_tokenizer(tmp_path)
+    rng = random.Random(1)
+    for text in [NASTY, "", " ", "\r\n"] + ["".join(rng.choices(NASTY, k=60)) for _ in range(200)]:
+        assert theirs.encode(text) == encode(enc, text) == encode(again, text), text
+        assert theirs.decode(theirs.encode(text)) == text
+    eos = next(iter(enc._special_tokens))
+    assert theirs.encode(f"a{eos}") == [97, enc._special_tokens[eos]] == again.encode(f"a{eos}", allowed_special="all")
+    assert theirs.eos_token_id == enc._special_tokens[eos]
+
+
+def test_kimi_tokenizer(tmp_path):
+    tokens = kimi(tmp_path)
+    enc = get_tokenizer(tmp_path)
+    assert enc._special_tokens == {t: i for i, t in tokens.items()} and enc.decode(encode(enc, NASTY)) == NASTY
+    pieces = [enc.decode([i]) for i in encode(build("k", KIMI_PATTERN, BYTES | {"中文".encode(): 256, b" En": 257}, {}), "")]
+    assert pieces == []
+    assert enc.encode("[BOS]", allowed_special="all") == [min(tokens)]
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda d: kimi(d, tokenizer_class="QWenTokenizer"), "tokenizer_class 'QWenTokenizer'"),
+    (lambda d: (d / "tokenizer.model").write_bytes(b"\n\x0e"), "tokenizer.model is not supported"),
+    (lambda d: (d / "vocab.txt").write_text("[UNK]"), "vocab.txt is not supported"),
+    (lambda d: (d / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram"}})), "Unigram"),
+    (lambda d: kimi(d, added_tokens_decoder={"5": {"content": "[BOS]"}}), "an id that two tokens share"),
+])
+def test_unsupported_tokenizer_is_refused_by_name(tmp_path, damage, words):
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=words.replace("[", r"\[")):
+        get_tokenizer(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- sample.py, train.py
+
+@pytest.fixture
+def exported(tmp_path, make_model):
+    model = make_model(vocab_size=320)
+    model.save_pretrained(tmp_path / "hf", get_tokenizer("bytes"))
+    return model, tmp_path / "hf"
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_sample_from_a_released_checkpoint(exported, capsys):
+    model, dir = exported
+    want = model.generate(torch.tensor([list(b"ab")]), 12, temperature=0, stop=[256])[0, 2:].tolist()
+    loaded, enc, bos, stop, window = sample.load(dir, "cpu")
+    equal(loaded, model)
+    assert (bos, stop) == (None, {256}) and encode(enc, "ab") == [97, 98]
+    sample.main(["--ckpt", str(dir), "--prompt", "ab", "--max_new_tokens", "12", "--temperature", "0"])
+    text = capsys.readouterr().out.split("\n", 1)[1]
+    shown = bytes(t for t in want if t < 256).decode("utf-8", "replace")
+    assert text == "ab" + shown + "\n"
+
+
+def test_bos_and_eos_as_the_folder_says(exported, capsys):
+    model, dir = exported
+    edit(dir / "tokenizer_config.json", add_bos_token=True, bos_token={"content": "<|endoftext|>"})
+    first = model.generate(torch.tensor([[256, *b"ab"]]), 3, temperature=0, stop=[])[0, 3:].tolist()
+    edit(dir / "config.json", eos_token_id=[first[1], 256])
+    (dir / "generation_config.json").write_text("{}")
+    assert sample.load(dir, "cpu")[2:] == (256, {first[1], 256}, None)
+    sample.main(["--ckpt", str(dir), "--prompt", "ab", "--max_new_tokens", "12", "--temperature", "0"])
+    out = capsys.readouterr()
+    assert out.err.startswith("2 tokens") and out.out.endswith(bytes(t for t in first[:1] if t < 256).decode(errors="replace") + "\n")
+    (dir / "generation_config.json").write_text(json.dumps({"eos_token_id": 257 + 50}))
+    with pytest.raises(SystemExit, match="bos or eos token 307"):
+        sample.main(["--ckpt", str(dir)])
+
+
+def test_fine_tuning(exported, tmp_path, capsys, monkeypatch):
+    model, dir = exported
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 400)
+    prepare(tmp_path / "data", input=text, tokenizer=dir)
+    prepare(tmp_path / "other", input=text, tokenizer="bytes")
+    args = ["--init_from", str(dir), "--data_dir", str(tmp_path / "data"), "--out_dir", str(tmp_path / "out"),
+            "--batch_size", "2", "--max_iters", "2", "--learning_rate", "1e-4", "--device", "cpu", "--block_size"]
+    train.main([*args, "256", "--mtp_loss_weight", "0.1"])
+    assert "context extended from 128 to 256 tokens" in capsys.readouterr().out
+    losses = [json.loads(line)["main_loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    ckpt = train.load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    assert ckpt["config"]["rope_scaling"]["factor"] == 2 and ckpt["config"]["mtp_loss_weight"] == 0.1
+    before, after = model.state_dict(), ckpt["model"]
+    assert all((before[n] - after[n]).abs().max() < 2e-3 for n in before) and losses
+    assert any((before[n] != after[n]).any() for n in before)
+    tuned, enc = sample.load(tmp_path / "out", "cpu")[:2]
+    tuned.save_pretrained(tmp_path / "again", enc)
+    equal(DeepSeekV3.from_pretrained(tmp_path / "again"), tuned)
+    train.main(["--resume", "--out_dir", str(tmp_path / "out"), "--max_iters", "3"])
+    for more, words in ((["64", "--hidden_size", "32"], "--hidden_size can't be given with --init_from"),
+                        (["64", "--preset", "tiny"], "--preset and --init_from contradict"),
+                        (["64", "--data_dir", str(tmp_path / "other")], "not prepared with the tokenizer of"),
+                        (["64", "--init_from", str(tmp_path)], "no folder with a config.json")):
+        with pytest.raises(SystemExit, match=words):
+            train.main([*args, *more, "--out_dir", str(tmp_path / "new")])
