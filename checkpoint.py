@@ -93,6 +93,19 @@ def load(cls, dir, dtype=None, device=None, **changes):
     return model.eval()
 
 
+def is_quantized(name):
+    """Whether the release holds this tensor in FP8: the matrices of attention and MLPs, experts included. The embedding,
+    the head, norms, gates and eh_proj stay in bf16."""
+    return (".self_attn." in name or ".mlp." in name) and "norm" not in name and ".gate." not in name
+
+
+def stored_size(name, t, fp8):
+    """Bytes of a tensor in a checkpoint; t may be a stack of experts (E, M, N)."""
+    if fp8 and is_quantized(name):      # a byte each, and an fp32 scale per block
+        return t.numel() + 4 * t.shape[:-2].numel() * math.prod(-(-n // 128) for n in t.shape[-2:])
+    return t.numel() * (2 if fp8 and "e_score" not in name else t.element_size())
+
+
 @torch.no_grad()
 def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9):
     """DeepSeekV3.save_pretrained."""
@@ -101,21 +114,13 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9):
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
 
-    def is_fp8(name, t):    # embedding, head, norms, gate and eh_proj are not
-        return fp8 and t.dim() == 2 and (".self_attn." in name or ".mlp." in name) and ".gate.weight" not in name
-
-    def size(name, t):
-        if is_fp8(name, t):
-            return t.numel() + 4 * math.prod(-(-n // 128) for n in t.shape)
-        return t.numel() * (2 if fp8 and "e_score" not in name else t.element_size())
-
     shards, room = [], 0
     for name, t in tensors.items():
-        if size(name, t) > room or not shards:
+        if stored_size(name, t, fp8) > room or not shards:
             shards.append([])
             room = shard_bytes
         shards[-1].append(name)
-        room -= size(name, t)
+        room -= stored_size(name, t, fp8)
     dir.mkdir(parents=True, exist_ok=True)
     files, index = [], {}
     try:
@@ -124,7 +129,7 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9):
             shard = {}
             for name in names:
                 t = tensors[name].clone() if name in copies else tensors[name].contiguous()
-                if is_fp8(name, t):
+                if fp8 and is_quantized(name):
                     shard[name], shard[name + "_scale_inv"] = weight_quant(t)
                 else:
                     shard[name] = t.to(torch.bfloat16) if fp8 and "e_score" not in name else t
@@ -133,7 +138,7 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9):
             index |= dict.fromkeys(shard, file)
         texts = {}
         if len(shards) > 1:
-            total = sum(size(name, t) for name, t in tensors.items())
+            total = sum(stored_size(name, t, fp8) for name, t in tensors.items())
             texts["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": index}
         config = {**dataclasses.asdict(model.config), "architectures": ["DeepseekV3ForCausalLM"],
                   "model_type": "deepseek_v3", "num_key_value_heads": model.config.num_attention_heads,

@@ -247,7 +247,8 @@ def last_pair(token: bytes, rank: int, ranks: dict) -> tuple:
 # A pattern as a list of syntax and of atoms, each of which eats one character. What is in neither (anchors, \w, \b,
 # named groups, nested sets, ...) means one thing to Hugging Face's regex engine and another to tiktoken's.
 PATTERN = re.compile(r"(?P<syntax>\((?:\?(?:i?:|>|<?[=!])|(?!\?))|[)|?*+]|\{\d+(?:,\d*)?\}(?!\+))"
-                     r"|(?P<atom>\[\^?(?:\\.|[^\[\]\\]|\[(?!:)(?:\\.|[^\[\]\\])+\])+\]|\\[pP](?:\{\^?\w+\}|\w)|\\.|[^()|?*+{}\[\]\\^$])", re.S)
+                     r"|(?P<atom>\[\^?(?:\\.|[^\[\]\\]|(?<=&&)\[(?:\\.|[^\[\]\\])+\])+\]|\\[pP](?:\{\^?\w+\}|\w)|\\."
+                     r"|[^()|?*+{}\[\]\\^$])", re.S)
 
 
 def one_pattern(pre_tokenizer: dict) -> str:
@@ -280,6 +281,8 @@ def one_pattern(pre_tokenizer: dict) -> str:
         escapes = set(re.findall(r"\\([a-zA-Z0-9])", pattern.replace("\\\\", "")))
         need("".join(p[0] for p in parts) == pattern and escapes <= set("pPsSdDrnt"), f"the regex {pattern[:60]!r}")
         parsed.append([(p["syntax"], p["atom"]) for p in parts])
+        nested = any("[" in (p["atom"] or "")[1:].replace("\\[", "") for p in parts)
+        need(len(patterns) == 1 or not nested, f"the set within a set in {pattern[:60]!r}, before or after another Split,")
     *runs, last = patterns
 
     def within(region: str) -> str:
