@@ -456,16 +456,28 @@ class Experts(nn.Module):
     def forward(self, x, weights, experts):
         """x: (N, D); weights, experts: (N, K). Returns the weighted sum (N, D) and the load (E,) int64."""
         N, K = experts.shape
-        order = experts.flatten().argsort(stable=True)              # (N*K,) slots, sorted by expert
-        ones = torch.ones_like(order)
-        load = ones.new_zeros(self.gate_proj.size(0)).scatter_add_(0, experts.flatten(), ones)  # without a device sync
-        ends = load.cumsum(0).to(torch.int32)                       # (E,)
-        # slot n*K + k holds token n; unlike x[...]'s, index_select's gradient is summed in a fixed order, on a CPU
-        x = x.index_select(0, order // K)                           # (N*K, D)
+        slots = experts.flatten()           # (N*K,): slot n*K + k is token n at its k-th expert
+        load = slots.new_zeros(self.gate_proj.size(0)).scatter_add_(0, slots, torch.ones_like(slots))   # no device sync
+        # On a CPU grouped_mm costs a call per expert, idle or not: the few slots of a decoding step do without
+        few = x.device.type == "cpu" and N * K < load.size(0)
+        y = self.gathered(x, slots, K) if few else self.grouped(x, slots, K, load)          # (N*K, D)
+        return torch.einsum("nkd,nk->nd", y.view(N, K, -1), weights.type_as(y)), load
+
+    def grouped(self, x, slots, K, load):
+        """Sort the slots by expert, so that each expert's rows are one matrix product. Returns (N*K, D), by slot."""
+        order, ends = slots.argsort(stable=True), load.cumsum(0).to(torch.int32)            # (N*K,), (E,)
+        # unlike that of x[...], the gradient of index_select is summed in a fixed order on a CPU
+        x = x.index_select(0, order // K)                                                   # (N*K, D)
         h = F.silu(grouped_linear(x, self.gate_proj, ends)) * grouped_linear(x, self.up_proj, ends)     # (N*K, I)
-        y = grouped_linear(h, self.down_proj, ends)                 # (N*K, D)
-        y = torch.empty_like(y).index_copy(0, order, y).view(N, K, -1)      # back to the tokens' order; (N, K, D)
-        return torch.einsum("nkd,nk->nd", y, weights.type_as(y)), load
+        y = grouped_linear(h, self.down_proj, ends)
+        return torch.empty_like(y).index_copy(0, order, y)
+
+    def gathered(self, x, slots, K):
+        """Copy out each slot's expert and multiply them as one batch. Returns (N*K, D), by slot."""
+        def linear(x, weight):              # x: (N*K, 1, in), weight: (E, out, in)
+            return x @ weight.index_select(0, slots).mT
+        x = x.repeat_interleave(K, 0)[:, None]                                              # (N*K, 1, D)
+        return linear(F.silu(linear(x, self.gate_proj)) * linear(x, self.up_proj), self.down_proj)[:, 0]
 
 
 class MoE(nn.Module):

@@ -96,6 +96,21 @@ def test_moe_against_a_loop_forward_and_backward(make_model, changes):
     assert torch.all(gate_proj[7] == 0) and gate_proj[[i for i in range(12) if load[i]]].abs().amax((1, 2)).all()
 
 
+@pytest.mark.parametrize("N", [1, 2, 3])
+def test_few_slots_take_the_gathered_path_and_agree(make_model, monkeypatch, N):
+    moe = make_model().model.layers[1].mlp
+    x = torch.randn(1, N, 48)
+    expected = slow_moe(moe, x)
+    torch.testing.assert_close(moe(x)[0], expected, rtol=1e-4, atol=1e-4)
+    weights, experts, _ = moe.gate(x[0])
+    y, load = moe.experts(x[0], weights, experts)
+    assert load.tolist() == torch.bincount(experts.flatten(), minlength=12).tolist()
+    slots = experts.flatten()
+    torch.testing.assert_close(moe.experts.gathered(x[0], slots, 3), moe.experts.grouped(x[0], slots, 3, load))
+    monkeypatch.setattr(moe.experts, "grouped", None)
+    moe(x)          # at 3 slots a token and 12 experts, up to 3 tokens do without grouped_mm
+
+
 def test_load_counts_the_selected_experts(make_model):
     moe = make_model().model.layers[1].mlp
     x = torch.randn(2, 11, 48)
