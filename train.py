@@ -406,8 +406,9 @@ def load_checkpoint(path):
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:      # torch.load raises whatever the damaged bytes lead to
-        raise ValueError(f"{path} is damaged or not a checkpoint ({str(e).splitlines()[0][:100]}); restore it from a "
-                         "copy, or start a new run in another --out_dir") from None
+        reason = " ".join(str(e).split())[:100] or type(e).__name__
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}); restore it from a copy, or start a new run "
+                         "in another --out_dir") from None
     if not isinstance(ckpt, dict) or not {"model", "config", "train_config", "encoding"} <= ckpt.keys():
         raise ValueError(f"{path} is not a checkpoint of train.py; start a new run in another --out_dir")
     return ckpt
@@ -428,8 +429,10 @@ def main(argv=None):
         validation = Validation(Path(cfg.data_dir, "val.bin"), meta, encoding, cfg.block_size)
         out_dir = Path(cfg.out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         raise SystemExit(f"train.py: {e}") from None
+    except KeyboardInterrupt:
+        sys.exit(130)
 
     # Model, optimizers, and where to go on
     if device.type == "cpu":

@@ -338,6 +338,16 @@ def test_a_failed_write_keeps_the_checkpoint(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_any_damage_to_a_checkpoint_ends_in_one_sentence(data_dir, tmp_path):
+    ok(data_dir, tmp_path, "--max_iters", 1)
+    whole = (tmp_path / "ckpt.pt").read_bytes()
+    for damaged in b"", whole[:1], whole[:100], whole[:len(whole) // 2], whole[:-1], b"\0" * 1000, whole[1:]:
+        (tmp_path / "ckpt.pt").write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged or not a checkpoint") as e:
+            train.load_checkpoint(tmp_path / "ckpt.pt")
+        assert "\n" not in str(e.value)
+
+
 def test_a_pickle_is_not_executed(tmp_path):
     class Evil:
         def __reduce__(self):
