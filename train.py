@@ -182,7 +182,7 @@ def pick_device(cfg):
 
 def keep_freed_memory():
     """On Linux glibc returns each large buffer to the kernel when it is freed, and pays for it in page faults when the
-    next step asks for it again: a fifth of a small model's step on a CPU. Tell it to keep them."""
+    next step asks for it again: about a tenth of a small model's step on a CPU. Tell it to keep them."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
