@@ -42,9 +42,9 @@ def released_tensors(model):
 
 @torch.no_grad()
 def load(cls, dir, dtype=None, device=None, **changes):
-    """DeepSeekV3.from_pretrained; cls: DeepSeekV3. Peak memory is the model and one tensor, as tensors are read one by one."""
+    """DeepSeekV3.from_pretrained; cls: DeepSeekV3."""
     dir = Path(dir)
-    config = dataclasses.replace(read_config(dir)[0], **changes)
+    config = dataclasses.replace(read_config(dir), **changes)
     where = find_tensors(dir)       # {name: (file, dtype, shape)}
     first_mtp = config.num_hidden_layers
     if not any(name.startswith(f"model.layers.{first_mtp + k}.") for name in where
@@ -203,16 +203,15 @@ def read_json(path):
 
 
 def read_config(dir):
-    """-> DeepSeekV3Config and config.json's dict."""
+    """The DeepSeekV3Config of a folder's config.json. ValueError for a quantization other than the release's."""
     if not (path := dir / "config.json").is_file():
         raise ValueError(f"{dir} is no folder with a config.json")
-    raw = read_json(path)
-    quantized = raw.get("quantization_config") or {}
+    quantized = read_json(path).get("quantization_config") or {}
     for key, value in FP8_FORMAT.items():
         if quantized and (not isinstance(quantized, dict) or quantized.get(key, value) != value):
             raise ValueError(f"{path}: quantization_config={str(quantized)[:200]} is not supported, only DeepSeek's "
                              f"FP8 is, whose {key} is {value!r}")
-    return DeepSeekV3Config.from_json(path), raw
+    return DeepSeekV3Config.from_json(path)
 
 
 def open_safetensors(file):

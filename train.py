@@ -118,7 +118,7 @@ def configure(given):
     if "init_from" in given:
         if "preset" in given:
             raise ValueError("--preset and --init_from contradict each other: the folder has its own config.json")
-        config = read_config(Path(given["init_from"]))[0]
+        config = read_config(Path(given["init_from"]))
         for name in model_flags.keys() - set(FREE_OF_WEIGHTS):
             raise ValueError(f"--{name} can't be given with --init_from, as the weights of {given['init_from']} decide "
                              f"it; only {', '.join(FREE_OF_WEIGHTS)} can")
@@ -337,7 +337,7 @@ class StackedMuon(torch.optim.Optimizer):
     """torch.optim.Muon for stacks of matrices (E, out, in), which it refuses: each expert's matrix is orthogonalized by
     itself, all of a stack in one batch. (As E parameters of torch.optim.Muon they take several times as long.)"""
 
-    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
@@ -346,7 +346,9 @@ class StackedMuon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                average = self.state[p]["momentum_buffer"]
                 average.lerp_(p.grad, 1 - group["momentum"])
                 x = p.grad.lerp(average, group["momentum"])         # Nesterov's look ahead
                 if tall := p.size(1) > p.size(2):
@@ -365,11 +367,12 @@ def make_optimizers(model, cfg, device):
     groups = model.param_groups(weight_decay=0.1)
     optimizers = []
     if cfg.optimizer == "muon":
-        params = groups.pop(0)["params"]
-        matrices, stacks = [p for p in params if p.dim() == 2], [p for p in params if p.dim() == 3]
-        optimizers.append(torch.optim.Muon(matrices, lr=cfg.learning_rate, weight_decay=0.1,
-                                           adjust_lr_fn="match_rms_adamw"))
-        optimizers += [StackedMuon(stacks, lr=cfg.learning_rate)] if stacks else []
+        hidden = groups.pop(0)
+        settings = dict(lr=cfg.learning_rate, weight_decay=hidden["weight_decay"])
+        matrices, stacks = ([p for p in hidden["params"] if p.dim() == n] for n in (2, 3))
+        optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings))
+        if stacks:
+            optimizers.append(StackedMuon(stacks, **settings))
     optimizers.append(torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.95),
                                         fused=device.type in ("cuda", "cpu")))
     return optimizers
@@ -480,8 +483,8 @@ def main(argv=None):
     tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
     flops_per_token, peak = raw_model.flops_per_token(cfg.block_size), peak_flops(device)
     print(f"{cfg.init_from or cfg.preset}: {raw_model.num_params():,} parameters, "
-          f"{raw_model.num_params(active=True):,} active per token; {len(data.tokens):,} tokens of {cfg.data_dir}; {cfg.max_iters} steps of "
-          f"{tokens_per_step:,} tokens on {device.type} in {str(dtype).removeprefix('torch.')}")
+          f"{raw_model.num_params(active=True):,} active per token; {len(data.tokens):,} tokens of {cfg.data_dir}; "
+          f"{cfg.max_iters} steps of {tokens_per_step:,} tokens on {device.type} in {str(dtype).removeprefix('torch.')}")
     if step:
         print(f"resumed from {out_dir}/ckpt.pt at step {step}")
 

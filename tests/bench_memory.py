@@ -22,6 +22,6 @@ for name in ("16b", "671b"):
         with torch.device("meta"):
             model = DeepSeekV3(config).to(torch.bfloat16)
             cache = sum(c.numel() * c.element_size() for c in model.new_cache(1, 1, mtp=True))
-        tensors = [(n, t) for n, t in model.state_dict().items()]
+        tensors = model.state_dict().items()
         bf16, fp8 = (sum(stored_size(n, t, fp8) for n, t in tensors) / 1e9 for fp8 in (False, True))
         print(f"{name:<8}{depth:>4}{bf16:>18.2f}{fp8:>10.2f}{cache:>20,}{cache * 32768 / 1e9:>20.2f}")
