@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from model import DeepSeekV3Config
 
@@ -43,6 +42,7 @@ def released_tensors(model):
 @torch.no_grad()
 def load(cls, dir, dtype=None, device=None, **changes):
     """DeepSeekV3.from_pretrained; cls: DeepSeekV3."""
+    from fp8 import weight_dequant      # not above: it brings Triton, which takes its time to import
     dir = Path(dir)
     config = dataclasses.replace(read_config(dir), **changes)
     where = find_tensors(dir)       # {name: (file, dtype, shape)}
@@ -109,6 +109,7 @@ def stored_size(name, t, fp8):
 @torch.no_grad()
 def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9):
     """DeepSeekV3.save_pretrained."""
+    from fp8 import quantize_reference
     save_file, dir, tmp = safetensors().torch.save_file, Path(dir), ".tmp"
     tensors, copies = released_tensors(model)
     if model.config.tie_word_embeddings:
@@ -130,7 +131,8 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9):
             for name in names:
                 t = tensors[name].clone() if name in copies else tensors[name].contiguous()
                 if fp8 and is_quantized(name):
-                    shard[name], shard[name + "_scale_inv"] = weight_quant(t)
+                    q, shard[name + "_scale_inv"] = quantize_reference(t, 128)
+                    shard[name] = q.contiguous()
                 else:
                     shard[name] = t.to(torch.bfloat16) if fp8 and "e_score" not in name else t
             files.append(file)
@@ -166,21 +168,6 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9):
     finally:
         for file in files:
             (dir / (file + tmp)).unlink(missing_ok=True)
-
-
-def weight_dequant(weight, scale_inv):
-    """Released FP8 to fp32. weight: (M, N) float8_e4m3fn; scale_inv: (ceil(M/128), ceil(N/128)), which multiplies."""
-    scale = scale_inv.float().repeat_interleave(128, 0)[:weight.size(0)]                    # (M, N/128)
-    return weight.float().mul_(scale.repeat_interleave(128, 1)[:, :weight.size(1)])
-
-
-def weight_quant(weight):
-    """(M, N) -> float8_e4m3fn (M, N) and its scale_inv, fp32, amax/448 of each 128x128 block. An all-zero block stays."""
-    M, N = weight.shape
-    blocks = F.pad(weight.float(), (0, -N % 128, 0, -M % 128)).unflatten(0, (-1, 128)).unflatten(-1, (-1, 128))
-    scale = blocks.abs().amax((1, 3)).clamp(min=1e-4) / 448                                 # (M/128, N/128)
-    blocks = (blocks / scale[:, None, :, None]).clamp(-448, 448).to(torch.float8_e4m3fn)    # (M/128, 128, N/128, 128)
-    return blocks.flatten(2).flatten(0, 1)[:M, :N].contiguous(), scale
 
 
 def safetensors():

@@ -51,6 +51,7 @@ class TrainConfig:
                                   "taken; a --block_size beyond its context extends it with YaRN")
     device: str = option("auto", "cuda, mps or cpu; auto: the first of these that is there")
     dtype: str = option("auto", "of the computation, float32 or bfloat16; auto: bfloat16 on a GPU that has it")
+    fp8: bool = option(False, "multiply in FP8 as the report does (fp8.py): Triton kernels from sm_89 on, emulated elsewhere")
     compile: bool = option(None, "torch.compile the model; default: on a GPU")
     seed: int = option(1337, "of the initial weights and of the order of the data")
     max_iters: int = option(None, "optimizer steps")
@@ -58,6 +59,7 @@ class TrainConfig:
     block_size: int = option(None, "tokens of a sequence")
     gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step")
     optimizer: str = option("adamw", "adamw, or muon for the hidden matrices with adamw for the rest (tiny: muon)")
+    bf16_moments: bool = option(False, "keep AdamW's moments in bfloat16, as the report does")
     learning_rate: float = option(None, "the peak")
     mask_documents: bool = option(False, "keep attention and MTP from crossing documents (the report doesn't, in "
                                          "pre-training)")
@@ -160,8 +162,8 @@ def extend_context(config, length):
 FREE_OF_WEIGHTS = ("max_position_embeddings", "rope_scaling", "bias_update_speed", "balance_loss_alpha",
                    "mtp_loss_weight")
 # what --resume can't change: the order of the data and the optimizer's state depend on these
-FIXED_ON_RESUME = ("preset", "init_from", "seed", "batch_size", "block_size", "gradient_accumulation_steps",
-                   "optimizer")
+FIXED_ON_RESUME = ("preset", "init_from", "fp8", "seed", "batch_size", "block_size", "gradient_accumulation_steps",
+                   "optimizer", "bf16_moments")
 
 
 def pick_device(cfg):
@@ -362,6 +364,39 @@ class StackedMuon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(rate * (x.mT if tall else x))
 
 
+class BF16AdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW with its two moments stored in bfloat16 (§3.3.3), half their memory. Weights, gradients and the
+    arithmetic stay in fp32."""
+
+    def __init__(self, params, lr, betas, eps=1e-8):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for state in self.state.values():       # torch gives them the dtype of the weights
+            state |= {name: state[name].bfloat16() for name in ("exp_avg", "exp_avg_sq")}
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state |= {"step": 0, "exp_avg": torch.zeros_like(p, dtype=torch.bfloat16),
+                              "exp_avg_sq": torch.zeros_like(p, dtype=torch.bfloat16)}
+                state["step"] += 1
+                m = state["exp_avg"].float().lerp_(p.grad, 1 - beta1)
+                v = state["exp_avg_sq"].float().mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                state["exp_avg"].copy_(m)
+                state["exp_avg_sq"].copy_(v)
+                denominator = v.div_(1 - beta2 ** state["step"]).sqrt_().add_(group["eps"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1 ** state["step"]))
+
+
 def make_optimizers(model, cfg, device):
     """AdamW as in §4.2, or Muon for the hidden matrices, its update scaled to AdamW's size so that they share a rate."""
     groups = model.param_groups(weight_decay=0.1)
@@ -373,8 +408,9 @@ def make_optimizers(model, cfg, device):
         optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings))
         if stacks:
             optimizers.append(StackedMuon(stacks, **settings))
-    optimizers.append(torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.95),
-                                        fused=device.type in ("cuda", "cpu")))
+    settings = dict(lr=cfg.learning_rate, betas=(0.9, 0.95))
+    optimizers.append(BF16AdamW(groups, **settings) if cfg.bf16_moments else
+                      torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"), **settings))
     return optimizers
 
 
@@ -452,6 +488,12 @@ def main(argv=None):
     else:
         with torch.device(device):
             raw_model = DeepSeekV3(config)
+    if cfg.fp8:
+        from fp8 import convert_to_fp8      # and with it Triton, if it is there
+        try:
+            convert_to_fp8(raw_model)
+        except ValueError as e:
+            raise SystemExit(f"train.py: {e}") from None
     optimizers = make_optimizers(raw_model, cfg, device)
     step, samples, log = 0, 0, []
     if ckpt:

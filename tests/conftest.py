@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -5,8 +6,44 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"        # read when fp8.py is imported: its kernels run on the CPU, as Python
 
 from model import DeepSeekV3, DeepSeekV3Config  # noqa: E402
+
+
+def exact_interpreter():
+    """Make the casts and products of Triton's interpreter those of the hardware. As of 3.7.1 its fp32 to e4m3 loses the
+    carry of the mantissa, does not saturate and truncates subnormals, its fp32 to bf16 truncates, and its bf16 dot
+    multiplies the raw bits. Tests only: on a GPU nothing of this is involved."""
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    dtypes = {tl.float8e4nv: torch.float8_e4m3fn, tl.bfloat16: torch.bfloat16, tl.float16: torch.float16,
+              tl.float32: torch.float32}
+
+    def to_torch(data, dtype):      # data: numpy, with fp8 and bf16 as unsigned integers
+        data = torch.from_numpy(data.copy())
+        return data if data.dtype == dtypes[dtype] else data.view(dtypes[dtype])
+
+    def convert_float(data, from_dtype, to_dtype, rounding_mode):
+        x = to_torch(data, from_dtype).float()
+        if to_dtype == tl.float8e4nv:
+            x = x.clamp(-448, 448)
+        out = x.to(dtypes[to_dtype])
+        return out.view({1: torch.uint8, 2: torch.uint16, 4: torch.uint32}[out.element_size()]).numpy()
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        a, b = to_torch(a.data, a.dtype.scalar).float(), to_torch(b.data, b.dtype.scalar).float()
+        return interpreter.TensorHandle((a @ b).numpy() + d.data, d.dtype.scalar)
+
+    interpreter._convert_float = convert_float
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+exact_interpreter()
 
 
 @pytest.fixture(autouse=True)

@@ -99,9 +99,10 @@ def test_trains_logs_and_samples(data_dir, tmp_path):
     assert greedy[0] == greedy[1]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(data_dir, tmp_path, optimizer):
-    flags = ["--max_iters", 30, "--eval_interval", 15, "--log_interval", 1, "--optimizer", optimizer,
+@pytest.mark.filterwarnings("ignore:FP8 is emulated")
+@pytest.mark.parametrize("kind", ["--optimizer adamw", "--optimizer muon", "--optimizer adamw --bf16_moments --fp8"])
+def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(data_dir, tmp_path, kind):
+    flags = ["--max_iters", 30, "--eval_interval", 15, "--log_interval", 1, *kind.split(),
              "--gradient_accumulation_steps", 2, "--bias_update_speed", 0.01]
     ok(data_dir, tmp_path / "whole", *flags)
     process = subprocess.Popen(command(data_dir, tmp_path / "cut", *flags), stdout=subprocess.PIPE,
@@ -237,6 +238,25 @@ def test_weight_decay_touches_matrices_only():
     assert len(decayed) == len(list(model.parameters())) and all(g["betas"] == (0.9, 0.95) for g in optimizer.param_groups)
     for name, p in model.named_parameters():
         assert decayed[id(p)] == (0.0 if "norm" in name else 0.1), name
+
+
+def test_bf16_moments_follow_adamw_and_are_half_the_size():
+    torch.manual_seed(1)
+    mine, theirs = (torch.nn.Parameter(torch.ones(50, 40)) for _ in range(2))
+    settings = dict(lr=0.01, betas=(0.9, 0.95))
+    bf16 = train.BF16AdamW([{"params": [mine], "weight_decay": 0.1}], **settings)
+    fp32 = torch.optim.AdamW([{"params": [theirs], "weight_decay": 0.1}], **settings)
+    for step in range(50):
+        mine.grad = theirs.grad = torch.randn(50, 40) + 0.3
+        bf16.step()
+        fp32.step()
+        if step == 0:       # nothing has been rounded yet
+            torch.testing.assert_close(mine, theirs)
+        if step == 25:      # as a checkpoint does
+            bf16.load_state_dict(bf16.state_dict())
+    moved = (theirs - 1).abs().mean()
+    assert moved > 0.1 and (mine - theirs).abs().mean() < 0.01 * moved and not torch.equal(mine, theirs)
+    assert {t.dtype for k, t in bf16.state[mine].items() if k != "step"} == {torch.bfloat16}
 
 
 def test_muon_takes_the_hidden_matrices_and_each_expert_by_itself():

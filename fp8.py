@@ -1,0 +1,532 @@
+"""
+FP8 training as DeepSeek-V3 does it (technical report, arXiv 2412.19437, §3.3): Triton kernels for NVIDIA GPUs, and the
+same arithmetic in plain PyTorch, which is their specification and what runs everywhere else.
+
+A linear layer y = x W^T is three matrix products, and each of them contracts over another dimension:
+
+    Fprop   y  (M, N) = x   (M, K) · W  (N, K)^T      contracts over the input channels K
+    Dgrad   dx (M, K) = dy  (M, N) · W^T(K, N)^T      contracts over the output channels N
+    Wgrad   dW (N, K) = dy^T(N, M) · x^T(K, M)^T      contracts over the tokens M
+
+FP8 tensor cores want both operands with the contracted dimension contiguous, A (·, k) and B (·, k), so that W, x and dy
+are each needed as they are and transposed. E4M3 has 3 bits of mantissa and reaches from 2^-9 to 448, so every number is
+stored as q = x / s with an fp32 scale s that puts the largest of its neighbours at 448. How many share a scale is what
+makes it work or not. Along the contracted dimension it is always 128 numbers, which is where the partial sum leaves the
+tensor core, whose own accumulator keeps about 14 bits, and is scaled and added up in fp32:
+
+              k: 128 channels                       k: 128 channels
+           ┌────────┬────────┬──                  ┌────────┬────────┬──
+    token  │ s 1x128│ s      │         n: 128     │   s    │   s    │
+           ├────────┼────────┼──       outputs    │128x128 │128x128 │
+    token  │ s      │ s      │                    ├────────┼────────┼──
+           ├────────┼────────┼──                  │   s    │   s    │
+      activations and gradients                        weights
+
+    acc = 0                                                    in fp32, on the CUDA cores
+    for k in 0, 128, 256, ...:
+        acc += (A[:, k:k+128] · B[:, k:k+128]^T) * s_A[:, k] * s_B[:, k]^T
+               `------ FP8 tensor cores ------'
+
+Wgrad contracts over tokens: there x and dy have a scale per 128 tokens of one channel (128x1), which is the 1x128 tile of
+their transpose. The activation x is saved for the backward pass in FP8, and Wgrad requantizes that.
+
+Stays in bf16/fp32: embedding, head, gate, norms, attention itself, master weights, gradients of weights.
+
+    convert_to_fp8(model)       swaps the right layers of a model.DeepSeekV3 in place; names and checkpoints stay
+"""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import MLP, Experts
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:     # no Triton for this platform: the arithmetic below still is
+    triton = None
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+# Smallest amax that becomes a scale, so that an all-zero tile gives zeros and not NaN. differs from DeepSeek's 1e-4: the
+# gradients of a mean over 10^6 tokens lie below that, and would vanish.
+AMAX_MIN = 1e-30
+
+
+class Quantized(NamedTuple):
+    """A matrix, or a stack of them, in FP8; sizes that are no multiples of 128 end in ragged tiles."""
+    q: torch.Tensor     # (..., M, K) float8_e4m3fn; the kernels want its rows to start at multiples of 16 bytes
+    s: torch.Tensor     # fp32, (..., M, ceil(K/128)) for tiles of 1x128, (..., ceil(M/128), ceil(K/128)) for blocks
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The specification, in PyTorch
+
+def tile_scale(amax, pow2=False):
+    """amax of a tile -> its scale, both fp32. pow2: the next power of two, so that requantizing loses nothing."""
+    scale = amax.clamp(min=AMAX_MIN) / E4M3_MAX
+    if pow2:        # round the exponent up by clearing the mantissa; inf stays inf
+        scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return scale
+
+
+def quantize_reference(x, rows=1, pow2=False):
+    """x: (..., M, K) -> Quantized with a scale per (rows x 128) tile. A NaN stays one; an inf makes its tile NaN."""
+    M, K = x.shape[-2:]
+    x = F.pad(x.float(), (0, -K % 128, 0, -M % rows)).contiguous()
+    tiles = x.unflatten(-1, (-1, 128)).unflatten(-3, (-1, rows))                # (..., M/rows, rows, K/128, 128)
+    amax = tiles.abs().nan_to_num_(0.0, torch.inf).amax((-3, -1), keepdim=True)
+    scale = tile_scale(amax, pow2)                                              # (..., M/rows, 1, K/128, 1)
+    q = (tiles * (1 / scale)).to(E4M3).flatten(-2).flatten(-3, -2)
+    return Quantized(q[..., :M, :K], scale[..., 0, :, 0])
+
+
+def dequantize(q, s):
+    """fp32 (..., M, K) from q: (..., M, K) float8_e4m3fn and s: scales of its 1x128 tiles or 128x128 blocks, the last
+    of which may be ragged: (..., M or ceil(M/128), ceil(K/128))."""
+    M, K = q.shape[-2:]
+    if s.size(-2) != M:
+        s = s.repeat_interleave(128, -2)[..., :M, :]
+    if q.device.type == "cpu":      # where PyTorch's conversion takes five times as long as a look-up
+        values = E4M3_VALUES.index_select(0, q.flatten().view(torch.uint8).int()).view(q.shape)
+    else:
+        values = q.float()
+    return values.mul_(s.repeat_interleave(128, -1)[..., :K])
+
+
+E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
+
+
+def weight_dequant(weight, scale_inv):
+    """A released checkpoint's FP8 to fp32. weight: (M, N) float8_e4m3fn; scale_inv: (ceil(M/128), ceil(N/128)), the
+    scales of blocks, which multiply in spite of their name."""
+    return dequantize(weight, scale_inv.float())
+
+
+def gemm_reference(a, b, dtype, ends=None):
+    """See gemm."""
+    a, b = dequantize(*a), dequantize(*b)
+    if ends is None:
+        return (a @ b[0].T).to(dtype)
+    return torch.cat([a_e @ b_e.T for a_e, b_e in zip(a.tensor_split(ends[:-1].tolist()), b)]).to(dtype)
+
+
+def wgrad_reference(dy_t, x_t, ends=None, out=None):
+    """See wgrad."""
+    dy_t, x_t = dequantize(*dy_t), dequantize(*x_t)
+    if ends is None:
+        dw = (dy_t @ x_t.T)[None]
+    else:
+        split = ends[:-1].tolist()
+        dw = torch.stack([d @ x.T for d, x in zip(dy_t.tensor_split(split, 1), x_t.tensor_split(split, 1))])
+    return dw if out is None else out.add_(dw)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The kernels
+
+if triton is not None:
+    MAX: tl.constexpr = tl.constexpr(E4M3_MAX)
+    MIN: tl.constexpr = tl.constexpr(AMAX_MIN)
+    TILE: tl.constexpr = tl.constexpr(128)
+
+    @triton.jit
+    def scale_of(amax, POW2: tl.constexpr):
+        scale = tl.div_rn(tl.maximum(amax, MIN), MAX)      # plain / is an approximation on a GPU
+        if POW2:
+            scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+        return scale
+
+    @triton.jit
+    def to_e4m3(v, SM89: tl.constexpr):
+        """To the nearest. For sm_89 Triton casts by way of fp16, which it truncates to: there v is rounded beforehand."""
+        if SM89:
+            bits = v.to(tl.int32, bitcast=True)         # to 3 bits of mantissa, ties to even
+            bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+            subnormal = (v + 24576.0) - 24576.0         # 1.5 * 2^14, whose neighbours are 2^-9 apart
+            rounded = tl.where(tl.abs(v) < 0.015625, subnormal, bits.to(tl.float32, bitcast=True))
+            v = tl.where(v == v, rounded, v)
+        return v.to(tl.float8e4nv)
+
+    @triton.jit
+    def quantize_kernel(x, x_s, q, s, qt, st, M, K, stride, ROWS: tl.constexpr, COLS: tl.constexpr,
+                        BLOCK: tl.constexpr, POW2: tl.constexpr, SM89: tl.constexpr):
+        """One 128x128 tile of x (E, M, K), whose rows are `stride` apart, read once and written up to twice: q (E, M, K)
+        with scales s (K/128, M), and its transpose qt (E, K, M) with st (M/128, K); or, if BLOCK, both with one scale
+        per block, s (E, M/128, K/128) and st. Rows of q and qt are filled up with zeros to a multiple of 128. If x_s is
+        given, x is itself FP8 with scales (K/128, M)."""
+        m, k, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        MB, KB = tl.cdiv(M, TILE), tl.cdiv(K, TILE)
+        i = tl.arange(0, TILE)
+        rows, cols = m * TILE + i, k * TILE + i
+        in_rows, in_cols = rows < M, cols < K
+        # 64 bits for where the tile starts, 32 for the steps inside it: half the registers
+        x += (e * M + m * TILE) * stride + k * TILE
+        v = tl.load(x + i[:, None] * stride + i[None, :], in_rows[:, None] & in_cols[None, :], 0.0).to(tl.float32)
+        if x_s is not None:
+            v *= tl.load(x_s + k * M + rows, in_rows, 0.0)[:, None]
+        a = tl.where(v == v, tl.abs(v), 0.0)        # the maximum of the rest where there is a NaN
+        at, at_t = i[:, None] * (KB * TILE) + i[None, :], i[:, None] * (MB * TILE) + i[None, :]
+        if BLOCK or ROWS:
+            q += (e * M + m * TILE) * (KB * TILE) + k * TILE
+        if BLOCK or COLS:
+            qt += (e * K + k * TILE) * (MB * TILE) + m * TILE
+        if BLOCK:
+            scale = scale_of(tl.max(tl.max(a, 1), 0), POW2)
+            v = to_e4m3(v * tl.div_rn(1.0, scale), SM89)
+            tl.store(q + at, v, in_rows[:, None])
+            tl.store(s + (e * MB + m) * KB + k, scale)
+            tl.store(qt + at_t, tl.trans(v), in_cols[:, None])
+            tl.store(st + (e * KB + k) * MB + m, scale)
+        if ROWS:
+            scale = scale_of(tl.max(a, 1), POW2)                                            # (128,)
+            tl.store(q + at, to_e4m3(v * tl.div_rn(1.0, scale)[:, None], SM89), in_rows[:, None])
+            tl.store(s + k * M + rows, scale, in_rows)
+        if COLS:
+            scale = scale_of(tl.max(a, 0), POW2)
+            v = to_e4m3(v * tl.div_rn(1.0, scale)[None, :], SM89)
+            tl.store(qt + at_t, tl.trans(v), in_cols[:, None])
+            tl.store(st + m * K + cols, scale, in_cols)
+
+    @triton.jit
+    def tile_of(pid, M_TILES, N_TILES, GROUP: tl.constexpr = 8):
+        """Tiles of C in bands of 8 rows, so that those at work at one time share what they read in the L2 cache."""
+        band = pid // (GROUP * N_TILES)
+        height = min(M_TILES - band * GROUP, GROUP)
+        return band * GROUP + pid % (GROUP * N_TILES) % height, pid % (GROUP * N_TILES) // height
+
+    @triton.jit
+    def load_tile(x, row, col, height, stride, TMA: tl.constexpr):
+        """128x128 numbers of an FP8 matrix: through a TMA descriptor, or from a pointer, whose rows of `stride` bytes must
+        reach to a multiple of 128. Rows beyond the height are zeros, or some other rows: nobody looks at their sums."""
+        if TMA:
+            return x.load([row, col])
+        else:
+            rows, cols = (tl.arange(0, TILE) + row) % height, tl.arange(0, TILE) + col
+            return tl.load(x + rows[:, None].to(tl.int64) * stride + cols[None, :])
+
+    @triton.jit
+    def gemm_kernel(a, s_a, stride_a, b, s_b, stride_b, c, stride_c, expert_of_tile, E, M, N, KB, TMA: tl.constexpr):
+        """Fprop and Dgrad: c (M, N) = a (M, K)·b[e] (N, K)^T; e: the expert of these 128 rows of a, or 0. a and b, the
+        stack flattened to (E*N, K): see load_tile; s_a: (K/128, M); s_b: (E, N/128, K/128); KB: K/128."""
+        pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, TILE), tl.cdiv(N, TILE))
+        e = 0
+        if expert_of_tile is not None:
+            e = tl.load(expert_of_tile + pid_m)
+            if e >= E:      # rows behind the last expert's
+                return
+        i = tl.arange(0, TILE)
+        rows, cols = pid_m * TILE + i, pid_n * TILE + i
+        s_b += (e * tl.cdiv(N, TILE) + pid_n) * KB
+        acc = tl.zeros((TILE, TILE), tl.float32)
+        for k in range(KB):
+            tile_a = load_tile(a, pid_m * TILE, k * TILE, M, stride_a, TMA)
+            tile_b = load_tile(b, e * N + pid_n * TILE, k * TILE, E * N, stride_b, TMA)
+            scale = tl.load(s_a + k * M + rows, rows < M, 0.0) * tl.load(s_b + k)           # (128,)
+            acc += tl.dot(tile_a, tile_b.T) * scale[:, None]
+        c += (pid_m * TILE).to(tl.int64) * stride_c + pid_n * TILE
+        tl.store(c + i[:, None] * stride_c + i[None, :], acc.to(c.dtype.element_ty),
+                 (rows < M)[:, None] & (cols < N)[None, :])
+
+    @triton.jit
+    def wgrad_kernel(a, s_a, stride_a, b, s_b, stride_b, c, stride_c, ends, N, K, M, TMA: tl.constexpr,
+                     ACCUMULATE: tl.constexpr):
+        """Wgrad: c[e] (N, K) = a (N, M)·b (K, M)^T over the tokens of expert e, or all. a, b: see load_tile; s_a: (M/128,
+        N); s_b: (M/128, K); rows of the stack c are stride_c apart; ACCUMULATE: added to what c holds."""
+        pid_n, pid_k = tile_of(tl.program_id(0), tl.cdiv(N, TILE), tl.cdiv(K, TILE))
+        e = tl.program_id(1)
+        start, end = 0, M
+        if ends is not None:
+            start, end = tl.load(ends + e - 1, e > 0, 0), tl.load(ends + e)
+        rows, cols = pid_n * TILE + tl.arange(0, TILE), pid_k * TILE + tl.arange(0, TILE)
+        acc = tl.zeros((TILE, TILE), tl.float32)
+        for t in range(start // TILE, tl.cdiv(end, TILE)):
+            tile_a = load_tile(a, pid_n * TILE, t * TILE, N, stride_a, TMA)
+            tile_b = load_tile(b, pid_k * TILE, t * TILE, K, stride_b, TMA)
+            scale_a, scale_b = tl.load(s_a + t * N + rows % N), tl.load(s_b + t * K + cols % K)     # (128,) each
+            acc += tl.dot(tile_a, tile_b.T) * scale_a[:, None] * scale_b[None, :]
+        at = (e.to(tl.int64) * N + rows)[:, None] * stride_c + cols[None, :]
+        inside = (rows < N)[:, None] & (cols < K)[None, :]
+        if ACCUMULATE:
+            acc += tl.load(c + at, inside, 0.0)
+        tl.store(c + at, acc, inside)
+
+
+def capability(device):
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)    # in Triton's interpreter
+
+
+def kernels_missing(device):
+    """None where the kernels run on this device, else why they don't, for a message."""
+    if triton is None:
+        return "triton is not installed (pip install triton)"
+    if device.type != "cuda":
+        return f"the device is {device.type}, no NVIDIA GPU"
+    if torch.version.hip:
+        return "the kernels are written for NVIDIA GPUs, this one is AMD's"
+    major, minor = capability(device)
+    if (major, minor) < (8, 9) or major not in (8, 9, 10, 12):
+        return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) is none of sm_89, sm_90, sm_100 and sm_120"
+    return None
+
+
+def quantize_triton(x, s=None, rows=False, cols=False, block=False, pow2=False):
+    """x: (M, K) bf16 or fp32, or FP8 with its scales s; with block (E, M, K). -> a pair of Quantized: x in tiles of 1x128,
+    if rows; x^T (K, M) in tiles of 1x128, if cols; with block x and x^T (E, K, M) in blocks."""
+    M, K = x.shape[-2:]
+    E, MB, KB = x.size(0) if block else 1, triton.cdiv(M, 128), triton.cdiv(K, 128)
+    new = x.new_empty
+    straight = transposed = None
+    # scales are stored with the contracted dimension first: the GEMM reads those of neighbouring rows at once
+    if block:
+        straight = Quantized(new(E, M, KB * 128, dtype=E4M3)[..., :K], new(E, MB, KB, dtype=torch.float32))
+        transposed = Quantized(new(E, K, MB * 128, dtype=E4M3)[..., :M], new(E, KB, MB, dtype=torch.float32))
+    if rows:
+        straight = Quantized(new(M, KB * 128, dtype=E4M3)[:, :K], new(KB, M, dtype=torch.float32).T)
+    if cols:
+        transposed = Quantized(new(K, MB * 128, dtype=E4M3)[:, :M], new(MB, K, dtype=torch.float32).T)
+    if x.numel():
+        x = x if x.stride(-1) == 1 and (E == 1 or x.is_contiguous()) else x.contiguous()
+        s = None if s is None else s.T.contiguous()
+        quantize_kernel[MB, KB, E](x, s, *(straight or (None, None)), *(transposed or (None, None)), M, K, x.stride(-2),
+                                   ROWS=rows, COLS=cols, BLOCK=block, POW2=pow2,
+                                   SM89=capability(x.device) == (8, 9), num_warps=8)
+    return straight, transposed
+
+
+def gemm_triton(a, b, dtype, ends=None):
+    """See gemm."""
+    M, (E, N, K) = a.q.size(0), b.q.shape
+    c = empty_aligned(M, N, dtype=dtype, device=a.q.device)
+    if c.numel() == 0 or K == 0:
+        return c.zero_()
+    expert_of_tile = None
+    if ends is not None:
+        starts = torch.arange(0, M, 128, dtype=torch.int32, device=ends.device)
+        expert_of_tile = torch.searchsorted(ends, starts, right=True, out_int32=True)
+    options = launch_options(c.device)
+    grid = triton.cdiv(M, 128) * triton.cdiv(N, 128),
+    gemm_kernel[grid](*operand(a.q, a.s.T, **options), *operand(b.q, b.s, **options), c, c.stride(0), expert_of_tile, E, M, N,
+                      triton.cdiv(K, 128), **options)
+    return c
+
+
+def wgrad_triton(dy_t, x_t, ends=None, out=None):
+    """See wgrad."""
+    (N, M), K = dy_t.q.shape, x_t.q.size(0)
+    E = 1 if ends is None else ends.size(0)
+    c = empty_aligned(E, N, K, dtype=torch.float32, device=dy_t.q.device) if out is None else out
+    if M == 0 or c.numel() == 0:
+        return c.zero_() if out is None else out
+    options = launch_options(c.device)
+    grid = triton.cdiv(N, 128) * triton.cdiv(K, 128), E
+    wgrad_kernel[grid](*operand(dy_t.q, dy_t.s.T, **options), *operand(x_t.q, x_t.s.T, **options), c, c.stride(1), ends, N, K, M,
+                       ACCUMULATE=out is not None, **options)
+    return c
+
+
+def empty_aligned(*shape, **kwargs):
+    """Rows start at multiples of 16 elements: with those of unaligned rows, the kernels would run out of registers."""
+    return torch.empty(*shape[:-1], -(-shape[-1] // 16) * 16, **kwargs)[..., :shape[-1]]
+
+
+def operand(q, s, TMA, **options):
+    """A kernel's three arguments for a matrix: where it is, its scales, and the bytes between rows."""
+    q = q.flatten(0, -2)
+    # TMA is the copy engine of sm_90 and later: it fetches whole tiles, and zeros for what lies beyond the edges
+    return TensorDescriptor.from_tensor(q, [128, 128]) if TMA else q, s.contiguous(), q.stride(0)
+
+
+def launch_options(device):
+    """The tiles in flight (32 KB each) fill the shared memory: 227 KB in the data-center cards, 99 KB in the others."""
+    major, _ = capability(device)
+    return dict(TMA=major >= 9, num_warps=8, num_stages=4 if major in (9, 10) else 3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One interface to both
+
+def quantize(x, rows=True, cols=False, pow2=False):
+    """An activation or a gradient. x: (M, K) bf16 or fp32, or a Quantized of 1x128 tiles. -> (x in 1x128 tiles if rows,
+    else None; x^T (K, M) in 1x128 tiles, which are x's 128x1, if cols, else None)."""
+    x, s = x if isinstance(x, Quantized) else (x, None)
+    if kernels_missing(x.device) is None:
+        return quantize_triton(x, s, rows, cols, pow2=pow2)
+    x = x if s is None else dequantize(x, s)
+    return quantize_reference(x, 1, pow2) if rows else None, quantize_reference(x.mT, 1, pow2) if cols else None
+
+
+def quantize_weight(w):
+    """w: (E, N, K) -> Quantized w and w^T (E, K, N), in blocks of 128x128. (For one matrix E is 1.)"""
+    if kernels_missing(w.device) is None:
+        return quantize_triton(w, block=True)
+    return quantize_reference(w, 128), quantize_reference(w.mT, 128)
+
+
+def gemm(a, b, dtype, ends=None):
+    """Fprop and Dgrad: a · b^T, (M, N) in dtype. a: Quantized (M, K) in 1x128 tiles; b: Quantized (E, N, K) in blocks.
+
+    ends: (E,) int32, multiples of 128: rows ends[e-1]..ends[e]-1 of a meet b[e], rows beyond come out as anything.
+    None: E is 1, and M need not be a multiple of anything.
+    """
+    if kernels_missing(a.q.device) is None:
+        return gemm_triton(a, b, dtype, ends)
+    with torch.autocast(a.q.device.type, enabled=False):
+        return gemm_reference(a, b, dtype, ends)
+
+
+def wgrad(dy_t, x_t, ends=None, out=None):
+    """Wgrad: dy^T · x, (E, N, K) fp32. dy_t: Quantized (N, M), x_t: Quantized (K, M), both in 1x128 tiles; ends: as in
+    gemm, an expert without rows gets zeros. out: (E, N, K) fp32, contiguous, to which the result is added."""
+    if kernels_missing(dy_t.q.device) is None:
+        return wgrad_triton(dy_t, x_t, ends, out)
+    with torch.autocast(dy_t.q.device.type, enabled=False):
+        return wgrad_reference(dy_t, x_t, ends, out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Autograd
+
+def output_dtype(x):
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def weight_grad(weight, dy_t, x_t, ends=None):
+    """The gradient for autograd to add to weight.grad; or, where weight has a `main_grad` (fp32, as in Megatron), None,
+    and Wgrad has added it up there itself. weight: (N, K) or a stack (E, N, K)."""
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        return wgrad(dy_t, x_t, ends).view_as(weight).to(weight.dtype)
+    wgrad(dy_t, x_t, ends, out=main_grad.view(-1, *main_grad.shape[-2:]))
+
+
+class Linear(torch.autograd.Function):
+    """y = x W^T with its three products in FP8; x is kept for the backward pass in FP8."""
+
+    @staticmethod
+    def forward(ctx, x, weight, pow2):
+        """x: (M, K); weight: (N, K); returns (M, N)."""
+        x_q, _ = quantize(x, pow2=pow2)
+        w_q, w_t = quantize_weight(weight[None])
+        ctx.save_for_backward(*x_q, *w_t)
+        ctx.weight, ctx.pow2, ctx.dtype = weight, pow2, x.dtype
+        return gemm(x_q, w_q, output_dtype(x))                                              # Fprop
+
+    @staticmethod
+    def backward(ctx, dy):
+        x_q, w_t = Quantized(*ctx.saved_tensors[:2]), Quantized(*ctx.saved_tensors[2:])
+        dx = dw = None
+        dy_q, dy_t = quantize(dy, rows=True, cols=True)
+        if ctx.needs_input_grad[0]:
+            dx = gemm(dy_q, w_t, ctx.dtype)                                                 # Dgrad
+        if ctx.needs_input_grad[1]:
+            _, x_t = quantize(x_q, rows=False, cols=True, pow2=ctx.pow2)
+            dw = weight_grad(ctx.weight, dy_t, x_t)                                         # Wgrad
+        return dx, dw, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """y = W_down (silu(W_gate x) * W_up x), for one MLP or, given ends, for each expert's rows with its own weights.
+
+    Kept for the backward pass are x, W_gate x and W_up x, in FP8; the product is computed anew (§3.3.3).
+    """
+
+    @staticmethod
+    def forward(ctx, x, gate, up, down, ends):
+        """x: (M, D); gate, up: (E, I, D); down: (E, D, I); ends: see gemm. Returns (M, D)."""
+        dtype = output_dtype(x)
+        x_q, _ = quantize(x)
+        (gate_q, gate_t), (up_q, up_t), (down_q, down_t) = map(quantize_weight, (gate, up, down))
+        g, u = gemm(x_q, gate_q, dtype, ends), gemm(x_q, up_q, dtype, ends)                 # (M, I)
+        h_q, _ = quantize(F.silu(g) * u)
+        saved = x_q, quantize(g)[0], quantize(u)[0], gate_t, up_t, down_t
+        ctx.save_for_backward(ends, *(t for pair in saved for t in pair))
+        ctx.weights, ctx.dtype = (gate, up, down), x.dtype
+        return gemm(h_q, down_q, dtype, ends)
+
+    @staticmethod
+    def backward(ctx, dy):
+        ends, *saved = ctx.saved_tensors
+        x_q, g_q, u_q, gate_t, up_t, down_t = map(Quantized, saved[::2], saved[1::2])
+        gate, up, down = ctx.weights
+        g, u = (dequantize(*t).to(dy.dtype) for t in (g_q, u_q))                            # (M, I)
+        dy_q, dy_t = quantize(dy, cols=True)
+        dh = gemm(dy_q, down_t, dy.dtype, ends)
+        sigmoid = g.sigmoid()
+        silu = g * sigmoid
+        _, h_t = quantize(silu * u, rows=False, cols=True)
+        dg_q, dg_t = quantize(dh * u * sigmoid * (1 + g - silu), cols=True)
+        du_q, du_t = quantize(dh * silu, cols=True)
+        _, x_t = quantize(x_q, rows=False, cols=True)
+        dx = gemm(dg_q, gate_t, ctx.dtype, ends) + gemm(du_q, up_t, ctx.dtype, ends)
+        return (dx, weight_grad(gate, dg_t, x_t, ends), weight_grad(up, du_t, x_t, ends),
+                weight_grad(down, dy_t, h_t, ends), None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers: those of model.py, with other arithmetic
+
+class FP8Linear(nn.Linear):
+    """nn.Linear in FP8. pow2: scales of x are powers of two, as the report has them for o_proj, whose input is quantized
+    twice, along channels and along tokens."""
+    pow2 = False
+
+    def forward(self, x):
+        """x: (..., in_features) bf16 or fp32; returns (..., out_features) in autocast's dtype or x's."""
+        y = Linear.apply(x.flatten(0, -2), self.weight, self.pow2).unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
+class FP8MLP(MLP):
+    """model.MLP in FP8."""
+
+    def forward(self, x):
+        """x: (..., D); returns the same shape."""
+        weights = (proj.weight[None] for proj in (self.gate_proj, self.up_proj, self.down_proj))
+        return SwiGLU.apply(x.flatten(0, -2), *weights, None).view(x.shape)
+
+
+class FP8Experts(Experts):
+    """model.Experts in FP8. Tiles of 128 tokens may not straddle experts, for the sake of Wgrad: each expert's rows are
+    filled up with zeros to a multiple of 128."""
+
+    def grouped(self, x, slots, K, load):
+        """x: (N, D); slots: (N*K,), the expert of each; load: (E,). Returns (N*K, D), by slot."""
+        size = (load + 127) // 128 * 128
+        ends = size.cumsum(0)
+        order = slots.argsort(stable=True)
+        shift = (ends - size) - (load.cumsum(0) - load)             # (E,): by how much padding moves an expert's rows
+        place = torch.arange(slots.numel(), device=x.device) + shift[slots[order]]
+        place = torch.empty_like(place).index_copy(0, order, place)                         # (N*K,): row of each slot
+        # the exact number of rows is on the GPU: waiting for it would cost more than the largest there can be
+        rows = int(ends[-1]) if x.device.type == "cpu" else (slots.numel() + 127 * load.numel()) // 128 * 128
+        x = x.new_zeros(rows, x.size(1)).index_copy(0, place, x.repeat_interleave(K, 0))
+        y = SwiGLU.apply(x, self.gate_proj, self.up_proj, self.down_proj, ends.int())
+        return y.index_select(0, place)
+
+
+def convert_to_fp8(model):
+    """Let a DeepSeekV3, or any module with nn.Linear, MLP or Experts inside, compute in FP8 from now on, in place.
+
+    Embedding, head (lm_head), gates and norms stay. The parameters stay what and where they were, so that optimizers,
+    checkpoints and state_dict don't notice. A warning says so where the kernels can't run and PyTorch emulates them;
+    ValueError for a device that has no FP8 numbers at all. Returns the model.
+    """
+    device = next(model.parameters()).device
+    if device.type not in ("cuda", "cpu", "meta"):
+        raise ValueError(f"FP8 is for cuda and, emulated, for cpu; the model is on {device.type}")
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and name.rpartition(".")[2] != "lm_head":
+            module.__class__ = FP8Linear
+            module.pow2 = name.endswith("o_proj")
+        elif type(module) in (MLP, Experts):
+            module.__class__ = {MLP: FP8MLP, Experts: FP8Experts}[type(module)]
+    if reason := kernels_missing(device):
+        warnings.warn(f"FP8 is emulated in PyTorch, with the same rounding but no speed-up: {reason}", stacklevel=2)
+    return model

@@ -1,0 +1,171 @@
+"""
+What FP8 does to the loss: training runs in BF16 and FP8 from the same seed over the same data, on a CPU by emulation.
+
+    python tests/bench_fp8_loss.py --out_dir out-fp8            # about two hours on two cores; goes on where it stopped
+    python tests/bench_fp8_loss.py --out_dir out-fp8 --plot fp8_loss.png        # needs: pip install matplotlib
+
+Four arithmetics, three seeds each, 1000 steps of the tiny preset:
+    bf16            autocast to bfloat16, the report's baseline
+    fp8             its recipe: scales per 1x128 and 128x128, fp32 accumulation
+    per_tensor      one scale per matrix
+    no_promotion    the recipe's scales, but sums kept to 14 bits all along K, as Hopper's tensor cores do by themselves
+                    (emulated: the accumulator is truncated after every 32 products)
+Prints, and plots, the relative error of the training loss against the bf16 run of the same seed, both smoothed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import fp8  # noqa: E402
+
+VARIANTS = ("bf16", "fp8", "per_tensor", "no_promotion")
+SMOOTHING = 0.95    # of the exponential moving average over steps
+
+
+def quantize_per_tensor(x, rows=1, pow2=False):
+    """fp8.quantize_reference with one scale for the whole of each (M, K)."""
+    M, K = x.shape[-2:]
+    scale = fp8.tile_scale(x.float().abs().amax((-2, -1), keepdim=True))
+    s = scale.expand(*x.shape[:-2], -(-M // rows), -(-K // 128))
+    return fp8.Quantized((x.float() / scale).to(fp8.E4M3), s.contiguous())
+
+
+def matmul_14_bits(a, b):
+    """a (M, K) · b (N, K)^T, the running sum cut to 14 significant bits after every 32 of K."""
+    spare = -a.size(1) % 32
+    a, b = (torch.nn.functional.pad(t, (0, spare)).unflatten(1, (-1, 32)).transpose(0, 1) for t in (a, b))
+    acc = a.new_zeros(a.size(1), b.size(1))
+    for product in torch.bmm(a, b.mT):          # (K/32, M, N)
+        acc = ((acc + product).view(torch.int32) & ~0x3FF).view(torch.float32)
+    return acc
+
+
+def gemm_14_bits(a, b, dtype, ends=None):
+    a, b = fp8.dequantize(*a), fp8.dequantize(*b)
+    parts = [a] if ends is None else a.tensor_split(ends[:-1].tolist())
+    return torch.cat([matmul_14_bits(a_e, b_e) for a_e, b_e in zip(parts, b)]).to(dtype)
+
+
+def wgrad_14_bits(dy_t, x_t, ends=None, out=None):
+    assert out is None
+    dy_t, x_t = fp8.dequantize(*dy_t), fp8.dequantize(*x_t)
+    split = [] if ends is None else ends[:-1].tolist()
+    return torch.stack([matmul_14_bits(d, x) for d, x in zip(dy_t.tensor_split(split, 1), x_t.tensor_split(split, 1))])
+
+
+def train_one(variant, seed, args):
+    """In a process of its own: one run of train.py."""
+    if variant == "per_tensor":
+        fp8.quantize_reference = quantize_per_tensor
+    elif variant == "no_promotion":
+        fp8.gemm_reference, fp8.wgrad_reference = gemm_14_bits, wgrad_14_bits
+    import train
+    out_dir = args.out_dir / f"{variant}-{seed}"
+    flags = ["--resume", "--out_dir", str(out_dir)] if (out_dir / "ckpt.pt").exists() else [
+        "--out_dir", str(out_dir), "--data_dir", args.data_dir, "--seed", str(seed), "--device", "cpu",
+        "--dtype", "bfloat16", "--batch_size", "8", "--max_iters", str(args.max_iters), "--eval_interval", "250",
+        "--log_interval", "1", "--fp8" if variant != "bf16" else "--no-fp8"]
+    train.main(flags)
+
+
+def read_log(path):
+    """-> losses (steps,), final validation loss; None if the run isn't over."""
+    lines = [json.loads(line) for line in open(path)] if path.exists() else []
+    if not lines or "val_loss" not in lines[-1]:
+        return None
+    return np.array([line["main_loss"] for line in lines]), lines[-1]["val_loss"]
+
+
+def smooth(x):
+    out, average = [], x[0]
+    for value in x:
+        average = SMOOTHING * average + (1 - SMOOTHING) * value
+        out.append(average)
+    return np.array(out)
+
+
+def report(args):
+    """The table, and {variant: relative errors (seeds, steps)}."""
+    logs = {v: [read_log(args.out_dir / f"{v}-{seed}" / "log.jsonl") for seed in args.seeds] for v in VARIANTS}
+    errors = {}
+    print("| arithmetic | mean relative loss error | largest, after step 100 | validation loss | against bf16 |")
+    print("|---|---|---|---|---|")
+    for variant in VARIANTS:
+        pairs = [(log, base) for log, base in zip(logs[variant], logs["bf16"])
+                 if log and base and len(log[0]) == len(base[0]) == args.max_iters]
+        if not pairs:
+            continue
+        errors[variant] = np.array([smooth(log[0]) / smooth(base[0]) - 1 for log, base in pairs])
+        val = np.array([log[1] for log, _ in pairs])
+        gap = np.array([log[1] / base[1] - 1 for log, base in pairs])
+        late = np.abs(errors[variant][:, 100:])
+        print(f"| {variant} ({len(pairs)} seeds) | {late.mean():.3%} | {late.max():.3%} | {val.mean():.4f} | "
+              + ", ".join(f"{g:+.2%}" for g in gap) + " |")
+    if len(base := [log for log in logs["bf16"] if log and len(log[0]) == args.max_iters]) > 1:
+        a, b = smooth(base[0][0])[100:], smooth(base[1][0])[100:]
+        print(f"For scale: the bf16 runs of two seeds differ by {np.abs(a / b - 1).mean():.3%} on average")
+    return errors
+
+
+def plot(errors, path):
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, len(errors) - 1, figsize=(12, 3.2), sharey=True)
+    for ax, variant in zip(np.atleast_1d(axes), [v for v in errors if v != "bf16"]):
+        ax.axhspan(-0.25, 0.25, color="0.9")
+        ax.plot(100 * errors[variant].T, linewidth=0.8)
+        ax.set_title(variant)
+        ax.set_xlabel("step")
+    np.atleast_1d(axes)[0].set_ylabel("loss against bf16, %")
+    fig.suptitle("training loss relative to the BF16 run of the same seed; grey: the report's 0.25%")
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", type=Path, required=True)
+    parser.add_argument("--data_dir", default="data/stdlib")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--max_iters", type=int, default=1000)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument("--plot", type=Path, help="draw the finished runs into this file instead of training")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)       # variant and seed of a process of ours
+    args = parser.parse_args()
+    if args.one:
+        return train_one(args.one[0], int(args.one[1]), args)
+    if not args.plot:
+        def start(job):
+            variant, seed = job
+            if (log := read_log(args.out_dir / f"{variant}-{seed}" / "log.jsonl")) and len(log[0]) == args.max_iters:
+                return
+            args.out_dir.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, __file__, "--one", variant, str(seed), *sys.argv[1:]]
+            with open(args.out_dir / f"{variant}-{seed}.txt", "a") as output:
+                code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT,
+                                      env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+            print(f"{variant}, seed {seed}: " + ("done" if code == 0 else f"failed, see {output.name}"), flush=True)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            jobs = [(variant, seed) for pair in (VARIANTS[:2], VARIANTS[2:]) for seed in args.seeds for variant in pair]
+            list(pool.map(start, jobs))
+    errors = report(args)
+    if args.plot:
+        plot(errors, args.plot)
+
+
+if __name__ == "__main__":
+    main()

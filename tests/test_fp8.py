@@ -1,0 +1,424 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fp8
+from fp8 import E4M3, FP8Experts, FP8Linear, FP8MLP, Quantized, convert_to_fp8
+from model import MLP, DeepSeekV3, Experts
+
+ROOT = Path(__file__).parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(fp8.triton is None, reason="triton is not installed")
+needs_gpu = pytest.mark.skipif(fp8.kernels_missing(torch.device(DEVICE)) is not None, reason="no GPU with FP8 tensor cores")
+
+
+def equal(a, b):
+    """Same Quantized, bit for bit; a NaN equals a NaN, and the sign of a zero doesn't matter."""
+    same_q = (a.q.float() == b.q.float()) | a.q.float().isnan() & b.q.float().isnan()
+    same_s = (a.s == b.s) | a.s.isnan() & b.s.isnan()
+    return a.q.shape == b.q.shape and a.s.shape == b.s.shape and bool(same_q.all() and same_s.all())
+
+
+def relative_error(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+def nasty(M, K):
+    """Ties between two FP8 numbers, subnormals, numbers that round up to 448, tiles of zeros, and tiny and huge tiles."""
+    x = torch.randn(M, K)
+    ties = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
+    ties = ties[ties.isfinite()].sort().values
+    ties = (ties[1:] + ties[:-1]) / 2
+    n = min(K, len(ties))
+    x[0, :n] = ties[:n]
+    x[1, :n] = ties[-n:]
+    x[:2, 0] = 448                              # a scale of 1
+    x[2] = torch.linspace(2**-12, 2**-5, K)
+    x[2, 0] = 448
+    x[3] = torch.linspace(440, 448, K)
+    x[4:6] = 0
+    x[6] *= 1e-12
+    x[7] *= 1e12
+    x[8] = 1e-35
+    if M > 128:
+        x[128:] *= torch.logspace(-6, 6, K)
+        x[-1] = 0
+    return x.to(DEVICE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The specification
+
+def test_quantizers_round_to_the_nearest_fp8_number_and_scale_by_tiles():
+    x = torch.randn(130, 300)
+    for tile in 1, 128:
+        q, s = fp8.quantize_reference(x, tile)
+        assert q.dtype == E4M3 and q.shape == x.shape and s.shape == (-(-130 // tile), 3)
+        for i in range(0, 130, tile):
+            for j in range(0, 300, 128):
+                part, scale = x[i:i + tile, j:j + 128], s[i // tile, j // 128]
+                assert scale == part.abs().max() / 448
+                torch.testing.assert_close(q[i:i + tile, j:j + 128].float(), (part / scale).to(E4M3).float(), rtol=0.07,
+                                           atol=0)
+                assert (q[i:i + tile, j:j + 128].float().abs() == 448).any()
+        assert relative_error(fp8.dequantize(q, s), x) < 0.03
+
+
+def test_power_of_two_scales_lose_nothing_when_quantized_again():
+    x = torch.randn(128, 128) * 3
+    q, s = fp8.quantize_reference(x, pow2=True)
+    assert (s.log2() == s.log2().round()).all() and (q.float().abs() <= 448).all()
+    assert (x.abs().amax(1, keepdim=True) / s > 224).all()          # and not too large by a factor of two
+    first = fp8.dequantize(q, s)
+    again = fp8.dequantize(*fp8.quantize_reference(first.T, pow2=True)).T
+    kept = first.abs() > first.abs().amax(0) / 2**13                # above the subnormals of its new tile
+    assert (again == first)[kept].all() and kept.float().mean() > 0.99
+    exact = torch.full((1, 128), 448.0)
+    assert fp8.quantize_reference(exact, pow2=True).s == 1          # a power of two stays
+
+
+def test_nan_stays_visible_zeros_stay_zero_and_inf_is_no_number():
+    x = torch.randn(4, 256)
+    x[0], x[1, 5], x[2, 7] = 0, torch.nan, torch.inf
+    y = fp8.dequantize(*fp8.quantize_reference(x))
+    assert (y[0] == 0).all()
+    assert y[1, 5].isnan() and y[1].isnan().sum() == 1
+    assert y[2, 7].isnan() and y[2, 128:].isfinite().all()
+    linear = FP8Linear(256, 16, bias=False)
+    assert linear(x)[1:3].isnan().all() and linear(x)[[0, 3]].isfinite().all()
+
+
+def test_the_size_of_a_gradient_does_not_matter():
+    """A mean over millions of tokens has gradients far below 1e-4, which must not vanish."""
+    linear, x, dy = FP8Linear(96, 64, bias=False), torch.randn(40, 96, requires_grad=True), torch.randn(40, 64)
+    grads = [torch.autograd.grad(linear(x), (x, linear.weight), dy * 2.0**-n) for n in (0, 40)]
+    for big, small in zip(*grads):
+        assert torch.equal(big, small * 2.0**40)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The kernels against the specification: under Triton's interpreter, or on a GPU where there is one
+
+@pytest.fixture(params=[(8, 9), (9, 0)], ids=["sm_89", "sm_90"])
+def card(request, monkeypatch):
+    """Kernels as they are for either card: with pointers, or with TMA descriptors."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(fp8, "capability", lambda device: request.param)
+    elif fp8.capability(torch.device(DEVICE))[0] != request.param[0]:
+        pytest.skip("another kind of card")
+
+
+@needs_triton
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("M, K", [(128, 128), (9, 130), (200, 256), (257, 70)])
+@pytest.mark.parametrize("pow2", [False, True])
+def test_activation_quantizer_equals_the_specification(M, K, pow2):
+    x = nasty(M, K)
+    rows, cols = fp8.quantize_triton(x, rows=True, cols=True, pow2=pow2)
+    assert equal(rows, fp8.quantize_reference(x, pow2=pow2))
+    assert equal(cols, fp8.quantize_reference(x.T, pow2=pow2))
+    assert equal(fp8.quantize_triton(x, rows=True, pow2=pow2)[0], rows)
+    again = fp8.quantize_triton(*rows, cols=True, pow2=pow2)[1]
+    assert equal(again, fp8.quantize_reference(fp8.dequantize(*rows).T, pow2=pow2))
+    x = x.bfloat16()
+    assert equal(fp8.quantize_triton(x, rows=True)[0], fp8.quantize_reference(x))
+
+
+@needs_triton
+@pytest.mark.usefixtures("card")
+def test_kernels_keep_nan_and_inf():
+    x = nasty(130, 140)
+    x[3, 5], x[129, 139], x[10, 10] = torch.nan, torch.nan, torch.inf
+    for got, want in zip(fp8.quantize_triton(x, rows=True, cols=True),
+                         (fp8.quantize_reference(x), fp8.quantize_reference(x.T))):
+        assert equal(got, want) and want.q.float().isnan().any()
+    for got, want in zip(fp8.quantize_triton(x[None], block=True),
+                         (fp8.quantize_reference(x[None], 128), fp8.quantize_reference(x.T[None], 128))):
+        assert equal(got, want)
+
+
+@needs_triton
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("E, N, K", [(1, 128, 256), (3, 70, 200)])
+def test_weight_quantizer_equals_the_specification(E, N, K):
+    w = torch.stack([nasty(N, K) for _ in range(E)])
+    straight, transposed = fp8.quantize_triton(w, block=True)
+    assert equal(straight, fp8.quantize_reference(w, 128))
+    assert equal(transposed, fp8.quantize_reference(w.mT, 128))
+
+
+def operands(M, K, rows, seed=0):
+    """(M, K) whose tiles all have scales of their own, so that one taken for another shows."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.rand(-(-M // rows), -(-K // 128), generator=generator)
+    sizes = sizes.repeat_interleave(rows, 0)[:M].repeat_interleave(128, 1)[:, :K]
+    return (torch.randn(M, K, generator=generator) * sizes).to(DEVICE)
+
+
+def check_tiles(got, want):
+    assert got.shape == want.shape and got.dtype == want.dtype
+    for i in range(0, got.size(-2), 128):
+        for j in range(0, got.size(-1), 128):
+            tile = ..., slice(i, i + 128), slice(j, j + 128)
+            error = relative_error(got[tile], want[tile])
+            assert error < (1e-6 if want.dtype == torch.float32 else 5e-3), f"tile at {i}, {j} is off by {error}"
+
+
+@needs_triton
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("M, N, K", [(128, 128, 128), (300, 200, 390), (1, 7, 5), (130, 260, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gemm_equals_the_specification(M, N, K, dtype):
+    a = fp8.quantize_triton(operands(M, K, 1), rows=True)[0]
+    b = fp8.quantize_triton(operands(N, K, 128, 1)[None], block=True)[0]
+    check_tiles(fp8.gemm_triton(a, b, dtype), fp8.gemm_reference(a, b, dtype))
+
+
+@needs_triton
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("N, K", [(128, 128), (200, 130)])
+def test_grouped_gemm_equals_the_specification_with_empty_experts(N, K):
+    ends = torch.tensor([0, 128, 128, 384, 384], dtype=torch.int32, device=DEVICE)
+    a = fp8.quantize_triton(operands(384, K, 1), rows=True)[0]
+    b = fp8.quantize_triton(torch.stack([operands(N, K, 128, e) for e in range(5)]), block=True)[0]
+    want = fp8.gemm_reference(a, b, torch.float32, ends)
+    check_tiles(fp8.gemm_triton(a, b, torch.float32, ends), want)
+    longer = fp8.quantize_triton(torch.cat([operands(384, K, 1), operands(256, K, 1)]), rows=True)[0]
+    check_tiles(fp8.gemm_triton(longer, b, torch.float32, ends)[:384], want)        # rows behind the last expert
+
+
+@needs_triton
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("N, K, M", [(128, 128, 256), (200, 130, 300), (5, 3, 1)])
+def test_wgrad_equals_the_specification_and_accumulates(N, K, M):
+    dy = fp8.quantize_triton(operands(M, N, 128), cols=True)[1]
+    x = fp8.quantize_triton(operands(M, K, 128, 1), cols=True)[1]
+    want = fp8.wgrad_reference(dy, x)
+    check_tiles(fp8.wgrad_triton(dy, x), want)
+    main_grad = torch.randn(1, N, K, device=DEVICE)
+    before = main_grad.clone()
+    assert fp8.wgrad_triton(dy, x, out=main_grad) is main_grad
+    check_tiles(main_grad, before + want)
+
+
+@needs_triton
+@pytest.mark.usefixtures("card")
+def test_grouped_wgrad_equals_the_specification_with_empty_experts():
+    ends = torch.tensor([0, 256, 256, 384], dtype=torch.int32, device=DEVICE)
+    dy = fp8.quantize_triton(operands(384, 70, 128), cols=True)[1]
+    x = fp8.quantize_triton(operands(384, 200, 128, 1), cols=True)[1]
+    got = fp8.wgrad_triton(dy, x, ends)
+    assert not got[0].any() and not got[2].any()
+    want = fp8.wgrad_reference(dy, x, ends)
+    for e in 1, 3:
+        check_tiles(got[e], want[e])
+
+
+@needs_triton
+def test_no_rows_at_all():
+    x = torch.zeros(0, 200, device=DEVICE)
+    q, qt = fp8.quantize_triton(x, rows=True, cols=True)
+    w = fp8.quantize_triton(torch.randn(1, 30, 200, device=DEVICE), block=True)[0]
+    assert fp8.gemm_triton(q, w, torch.float32).shape == (0, 30)
+    assert (fp8.wgrad_triton(qt, qt) == torch.zeros(1, 200, 200, device=DEVICE)).all()
+
+
+@needs_gpu
+@pytest.mark.parametrize("M, N, K", [(4096, 7168, 2048), (1000, 2112, 7168)])
+def test_large_products_on_the_gpu(M, N, K):
+    x, w = torch.randn(M, K, device="cuda", dtype=torch.bfloat16), torch.randn(N, K, device="cuda")
+    y = fp8.gemm(fp8.quantize(x)[0], fp8.quantize_weight(w[None])[0], torch.bfloat16)
+    assert relative_error(y, x.float() @ w.T) < 0.04
+
+
+@needs_triton
+def test_kernels_compile_to_fp8_tensor_cores_without_spills(tmp_path):
+    """For sm_89 (mma), sm_90 (wgmma) and sm_100 (tcgen05), ahead of time and without a GPU. -s prints the registers."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    code = "import json, bench_fp8; print(json.dumps(bench_fp8.compile_kernels([89, 90, 100])))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) == 24
+    for row in rows:
+        print(row)
+        assert row["spills"] == row["stack"] == row["half_mma"] == 0, row
+        if row["kernel"].startswith(("gemm", "wgrad")):
+            assert row["fp8_mma"] > 0 and row["ptx_fp8_mma"] > 0 and row["registers"] <= 255, row
+            assert (row["tma_loads"] > 0) == (row["capability"] >= 90), row
+            assert row["shared"] <= {89: 99, 90: 227, 100: 227}[row["capability"]] * 1024, row
+        else:
+            assert row["direct_casts"] > 0 or row["capability"] == 89, row     # there by way of fp16: see to_e4m3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers
+
+def test_gradients_of_a_linear_layer_have_the_errors_of_the_format():
+    """Rounding to 3 bits of mantissa leaves 2.6% (root mean square) on each operand; Wgrad's x has been rounded twice."""
+    torch.manual_seed(1)
+    linear = FP8Linear(700, 500, bias=False).to(DEVICE)
+    x, dy = torch.randn(6, 100, 700, device=DEVICE, requires_grad=True), torch.randn(6, 100, 500, device=DEVICE)
+    y = linear(x)
+    y.backward(dy)
+    assert 0.030 < relative_error(y, x @ linear.weight.T) < 0.040
+    assert 0.030 < relative_error(x.grad, dy @ linear.weight) < 0.040
+    assert 0.030 < relative_error(linear.weight.grad, dy.flatten(0, 1).T @ x.flatten(0, 1)) < 0.048
+
+
+def mean_error_of_products(x, pow2):
+    """Of y, dx, dW, relative, where all numbers have one sign, so that no rounding error can hide behind another."""
+    linear = FP8Linear(256, 192, bias=False)
+    linear.weight.data, linear.pow2 = torch.rand(192, 256) + 0.5, pow2
+    dy = torch.rand(512, 192) + 0.5
+    x.requires_grad_()
+    y = linear(x)
+    y.backward(dy)
+    pairs = (y, x @ linear.weight.T), (x.grad, dy @ linear.weight), (linear.weight.grad, dy.T @ x)
+    return [(got / want - 1).mean().abs().item() for got, want in pairs]
+
+
+def test_products_are_unbiased():
+    """Averaged over many rounding errors nothing is left: nothing is truncated anywhere."""
+    assert max(mean_error_of_products(torch.rand(512, 256) + 0.5, pow2=True)) < 5e-4
+    assert max(mean_error_of_products(torch.rand(512, 256) + 0.5, pow2=False)[:2]) < 5e-4
+    # Wgrad quantizes x a second time. Where all tiles have nearly the same largest number, its new scale is a little
+    # larger than the old ones and the FP8 numbers stay: a bias of half a percent. It averages out once tiles differ,
+    # and powers of two have none.
+    assert mean_error_of_products(torch.rand(512, 256) + 0.5, pow2=False)[2] < 8e-3
+    assert mean_error_of_products(torch.randn(512, 256).exp(), pow2=False)[2] < 1e-3
+
+
+def test_linear_keeps_dtype_bias_and_device_rules():
+    linear = FP8Linear(64, 32)
+    x = torch.randn(3, 5, 64, dtype=torch.bfloat16)
+    assert linear.bfloat16()(x).dtype == torch.bfloat16
+    linear.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert FP8Linear(64, 32, bias=False)(x.float()).dtype == torch.bfloat16
+    want = torch.nn.functional.linear(x.float(), linear.weight, linear.bias)
+    assert relative_error(linear(x.float()), want) < 0.05
+    linear.bias.data += 100
+    assert linear(x.float()).mean() > 90
+
+
+def test_the_activation_is_saved_in_fp8():
+    linear = FP8Linear(256, 128, bias=False)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        linear(torch.randn(1024, 256, requires_grad=True))
+        assert {t.dtype for t in saved if t.numel() >= 1024 * 256} == {E4M3}
+        saved.clear()
+        FP8MLP(256, 384)(torch.randn(1024, 256, requires_grad=True))
+        assert {t.dtype for t in saved if t.numel() >= 1024 * 256} == {E4M3}
+        assert sum(t.numel() * t.element_size() for t in saved) < 1.3 * (1024 * (256 + 2 * 384) + 3 * 256 * 384)
+
+
+def test_swiglu_gradients():
+    torch.manual_seed(2)
+    plain, eight = MLP(256, 384), FP8MLP(256, 384)
+    eight.load_state_dict(plain.state_dict())
+    x1, x2 = (torch.randn(2, 100, 256, generator=torch.Generator().manual_seed(3)).requires_grad_() for _ in range(2))
+    dy = torch.randn(2, 100, 256)
+    plain(x1).backward(dy)
+    eight(x2).backward(dy)
+    assert relative_error(eight(x2), plain(x1)) < 0.07
+    assert relative_error(x2.grad, x1.grad) < 0.09
+    for a, b in zip(eight.parameters(), plain.parameters()):
+        assert relative_error(a.grad, b.grad) < 0.09
+
+
+@pytest.mark.parametrize("experts", [[[0, 1], [3, 1], [1, 0], [3, 4]], [[2, 2]] * 3])
+def test_experts_with_few_and_no_rows(make_config, experts):
+    torch.manual_seed(4)
+    plain = Experts(make_config(n_routed_experts=5, num_experts_per_tok=2, n_group=1, topk_group=1))
+    eight = Experts(make_config(n_routed_experts=5, num_experts_per_tok=2, n_group=1, topk_group=1))
+    eight.load_state_dict(plain.state_dict())
+    eight.__class__ = FP8Experts
+    experts = torch.tensor(experts)
+    N = len(experts) * 40
+    experts = experts.repeat(40, 1)
+    weights = torch.rand(N, 2)
+    x1 = torch.randn(N, 48, requires_grad=True)
+    x2 = x1.detach().clone().requires_grad_()
+    (y1, load1), (y2, load2) = plain(x1, weights, experts), eight(x2, weights, experts)
+    dy = torch.randn(N, 48)
+    y1.backward(dy)
+    y2.backward(dy)
+    assert torch.equal(load1, load2)
+    assert relative_error(y2, y1) < 0.08 and relative_error(x2.grad, x1.grad) < 0.1
+    for a, b in zip(eight.parameters(), plain.parameters()):
+        for e in range(5):
+            assert (load1[e] == 0) == (not a.grad[e].any())
+            if load1[e]:
+                assert relative_error(a.grad[e], b.grad[e]) < 0.1
+
+
+def test_main_grad_is_added_to_in_place():
+    x, dy = torch.randn(70, 96), torch.randn(70, 64)
+    linear = FP8Linear(96, 64, bias=False)
+    linear(x).backward(dy)
+    grad, linear.weight.grad = linear.weight.grad, None
+    linear.weight.main_grad = torch.ones(64, 96)
+    linear(x).backward(dy)
+    assert linear.weight.grad is None
+    torch.testing.assert_close(linear.weight.main_grad, grad + 1)
+
+
+def test_converts_the_right_layers_and_changes_no_name(make_model):
+    model = make_model()
+    before, embedding = model.state_dict(), model.model.embed_tokens
+    with pytest.warns(UserWarning, match="emulated.*cpu"):
+        assert convert_to_fp8(model) is model
+    assert list(model.state_dict()) == list(before)
+    assert type(model.lm_head) is torch.nn.Linear and model.model.embed_tokens is embedding
+    kinds = {name: type(m).__name__ for name, m in model.named_modules()}
+    for i in range(4):      # the last is the MTP module
+        for name in "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj":
+            assert kinds[f"model.layers.{i}.self_attn.{name}"] == "FP8Linear"
+        assert kinds[f"model.layers.{i}.mlp" + (".experts" if i else "")] == ("FP8Experts" if i else "FP8MLP")
+    assert kinds["model.layers.3.eh_proj"] == "FP8Linear" and kinds["model.layers.2.mlp.gate"] == "Gate"
+    assert [name for name, m in model.named_modules() if getattr(m, "pow2", False)] == [
+        f"model.layers.{i}.self_attn.o_proj" for i in range(4)]
+
+
+@pytest.mark.filterwarnings("ignore:FP8 is emulated")
+def test_the_whole_model_learns_alike(make_config):
+    model = DeepSeekV3(make_config(initializer_range=0.05))
+    eight = convert_to_fp8(DeepSeekV3(model.config))
+    eight.load_state_dict(model.state_dict())
+    idx = torch.randint(61, (4, 33))
+    losses = {}
+    for name, m in ("plain", model), ("fp8", eight):
+        optimizer = torch.optim.AdamW(m.parameters(), lr=3e-3)
+        losses[name] = []
+        for _ in range(30):
+            _, loss, aux = m(idx[:, :-1], idx[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[name].append(loss.item())
+    assert losses["plain"][-1] < losses["plain"][0] - 1
+    assert abs(losses["fp8"][-1] / losses["plain"][-1] - 1) < 0.05 and losses["fp8"] != losses["plain"]
+
+
+def test_an_unfit_device_is_named():
+    assert "no NVIDIA GPU" in fp8.kernels_missing(torch.device("cpu"))
+    on_a_mac = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("mps"))]))
+    with pytest.raises(ValueError, match="mps"):
+        convert_to_fp8(on_a_mac)
+
+
+def test_too_old_a_gpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    for capability, runs in ((8, 0), False), ((8, 9), True), ((9, 0), True), ((10, 0), True), ((12, 0), True):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        reason = fp8.kernels_missing(torch.device("cuda"))
+        assert (reason is None) == (runs and fp8.triton is not None)
+        assert runs or fp8.triton is None or "NVIDIA A100 (sm_80)" in reason
