@@ -170,7 +170,7 @@ if triton is not None:
         v = tl.load(x + i[:, None] * stride + i[None, :], in_rows[:, None] & in_cols[None, :], 0.0).to(tl.float32)
         if x_s is not None:
             v *= tl.load(x_s + k * M + rows, in_rows, 0.0)[:, None]
-        a = tl.where(v == v, tl.abs(v), 0.0)        # the maximum of the rest where there is a NaN
+        a = tl.where(v == v, tl.abs(v), 0.0)        # tl.max promises nothing about a NaN
         at, at_t = i[:, None] * (KB * TILE) + i[None, :], i[:, None] * (MB * TILE) + i[None, :]
         if BLOCK or ROWS:
             q += (e * M + m * TILE) * (KB * TILE) + k * TILE
@@ -362,7 +362,8 @@ def quantize(x, rows=True, cols=False, pow2=False):
 
 
 def quantize_weight(w):
-    """w: (E, N, K) -> Quantized w and w^T (E, K, N), in blocks of 128x128. (For one matrix E is 1.)"""
+    """w: (N, K) or a stack (E, N, K) -> Quantized w (E, N, K) and w^T (E, K, N), in blocks of 128x128."""
+    w = w.view(-1, *w.shape[-2:])
     if kernels_missing(w.device) is None:
         return quantize_triton(w, block=True)
     return quantize_reference(w, 128), quantize_reference(w.mT, 128)
@@ -413,7 +414,7 @@ class Linear(torch.autograd.Function):
     def forward(ctx, x, weight, pow2):
         """x: (M, K); weight: (N, K); returns (M, N)."""
         x_q, _ = quantize(x, pow2=pow2)
-        w_q, w_t = quantize_weight(weight[None])
+        w_q, w_t = quantize_weight(weight)
         ctx.save_for_backward(*x_q, *w_t)
         ctx.weight, ctx.pow2, ctx.dtype = weight, pow2, x.dtype
         return gemm(x_q, w_q, output_dtype(x))                                              # Fprop
@@ -439,7 +440,7 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gate, up, down, ends):
-        """x: (M, D); gate, up: (E, I, D); down: (E, D, I); ends: see gemm. Returns (M, D)."""
+        """x: (M, D); gate, up: (I, D) or, with ends, (E, I, D); down: (D, I) or (E, D, I); ends: see gemm. -> (M, D)."""
         dtype = output_dtype(x)
         x_q, _ = quantize(x)
         (gate_q, gate_t), (up_q, up_t), (down_q, down_t) = map(quantize_weight, (gate, up, down))
@@ -488,7 +489,7 @@ class FP8MLP(MLP):
 
     def forward(self, x):
         """x: (..., D); returns the same shape."""
-        weights = (proj.weight[None] for proj in (self.gate_proj, self.up_proj, self.down_proj))
+        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         return SwiGLU.apply(x.flatten(0, -2), *weights, None).view(x.shape)
 
 

@@ -360,15 +360,37 @@ def test_experts_with_few_and_no_rows(make_config, experts):
                 assert relative_error(a.grad[e], b.grad[e]) < 0.1
 
 
-def test_main_grad_is_added_to_in_place():
-    x, dy = torch.randn(70, 96), torch.randn(70, 64)
-    linear = FP8Linear(96, 64, bias=False)
-    linear(x).backward(dy)
-    grad, linear.weight.grad = linear.weight.grad, None
-    linear.weight.main_grad = torch.ones(64, 96)
-    linear(x).backward(dy)
-    assert linear.weight.grad is None
-    torch.testing.assert_close(linear.weight.main_grad, grad + 1)
+@needs_triton
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("kind", ["linear", "mlp", "experts"])
+def test_layers_through_the_kernels_equal_the_emulation(make_config, monkeypatch, kind):
+    config = make_config(n_routed_experts=5, num_experts_per_tok=2, n_group=1, topk_group=1, hidden_size=136)
+    layer = {"linear": lambda: FP8Linear(136, 200), "mlp": lambda: FP8MLP(136, 48), "experts": lambda: FP8Experts(config)}
+    layer = layer[kind]().to(DEVICE)
+    x = operands(150, 136, 1).requires_grad_()
+    routing = torch.rand(150, 2, device=DEVICE), torch.tensor([[0, 3], [3, 4], [4, 3]], device=DEVICE).repeat(50, 1)
+    results = []
+    for reason in None, "to be emulated":
+        monkeypatch.setattr(fp8, "kernels_missing", lambda device: reason)
+        y = layer(x, *routing)[0] if kind == "experts" else layer(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    for kernels, emulation in zip(*results):
+        assert emulation.any()
+        # a sum that differs in its last bit may round to the next FP8 number further on
+        assert relative_error(kernels, emulation) < 2e-3
+
+
+@pytest.mark.parametrize("module, D", [(FP8Linear(96, 64, bias=False), 96), (FP8MLP(96, 64), 96)])
+def test_main_grad_is_added_to_in_place(module, D):
+    x = torch.randn(70, D)
+    module(x).square().sum().backward()
+    grads = [p.grad.clone() for p in module.parameters()]
+    for p in module.parameters():
+        p.grad, p.main_grad = None, torch.ones_like(p)
+    module(x).square().sum().backward()
+    for p, grad in zip(module.parameters(), grads):
+        assert p.grad is None
+        torch.testing.assert_close(p.main_grad, grad + 1)
 
 
 def test_converts_the_right_layers_and_changes_no_name(make_model):
