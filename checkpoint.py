@@ -1,22 +1,169 @@
 """
-Released checkpoints: the files of DeepSeek-V3 and its kin on the Hugging Face Hub, read and written.
+The files of a run of train.py, and released checkpoints: those of DeepSeek-V3 and its kin on the Hugging Face Hub.
 
-A folder holds config.json and model.safetensors, or shards of it with model.safetensors.index.json. Beside model.py's
+A run's OUT/ckpt.pt is what torch.save writes, and behind that its CRC-32, which torch.load doesn't mind. It is checked
+before the file takes the place of the one before it, and again whenever it is used.
+
+A released folder holds config.json and model.safetensors, or shards of it with model.safetensors.index.json. Beside model.py's
 stacked experts there are three things to know: each expert is a tensor by itself; the MTP modules, layers
 num_hidden_layers and up, repeat embedding and head; and `weight` may be FP8 with a `weight_scale_inv` for each 128x128
 block, which multiplies. Use it as DeepSeekV3.from_pretrained and save_pretrained.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import sys
+import zlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from model import DeepSeekV3Config
+
+try:
+    import fcntl
+except ImportError:     # not a Unix: there, nothing keeps a second process out of a run's folder
+    fcntl = None
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+@contextlib.contextmanager
+def sole_process(out_dir):
+    """Holds OUT/lock, so that two processes never mix their files in one folder. The kernel releases it whatever the
+    process dies of: a lock file that was left over means nothing. ValueError if another process holds it."""
+    new = not out_dir.exists()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with open(out_dir / "lock", "w") as f:
+        try:
+            if fcntl:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {out_dir}; let it end, or choose another --out_dir"
+                             ) from None
+        try:
+            yield
+        finally:
+            if new and os.listdir(out_dir) == ["lock"]:     # nothing came of it
+                (out_dir / "lock").unlink()
+                out_dir.rmdir()
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A full disk, a quota or a lost network drive ends the run in one sentence."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(f"{path} can't be written ({e.strerror or e}); what was there before is intact: make room, then "
+                      "go on with --resume") from None
+
+
+def write_atomically(path, write, check=lambda path: None, keep_as=None):
+    """write(file) into a temporary file beside path, then rename: a reader finds the old file or the new, never half.
+    The new one takes its place after check(its path); the old one stays under the name keep_as."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with writing(path):
+            with open(temporary, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            check(temporary)
+            if keep_as and path.exists():
+                os.replace(path, keep_as)
+            os.replace(temporary, path)     # killed just before: path is missing, keep_as is there
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_run(out_dir, state):
+    """OUT/ckpt.pt, proven readable; the one before it stays as OUT/ckpt.prev.pt."""
+    write_atomically(out_dir / "ckpt.pt", lambda f: save_summed(state, f), check_sum, out_dir / "ckpt.prev.pt")
+
+
+def load_run(out_dir):
+    """-> the newest good checkpoint of a run and its path: OUT/ckpt.pt or, where that is damaged or a kill came between
+    two renames, OUT/ckpt.prev.pt. ValueError if there is none."""
+    path, previous = out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt"
+    try:
+        return load_checkpoint(path), path
+    except ValueError as e:
+        if not previous.is_file():
+            raise
+        try:
+            ckpt = load_checkpoint(previous)
+        except ValueError:
+            raise ValueError(f"{e}; {previous}, the one before it, is damaged too") from None
+        print(f"{path} is {'damaged' if path.exists() else 'missing'}: using {previous}, the checkpoint before it",
+              file=sys.stderr)
+        return ckpt, previous
+
+
+class SummedFile:
+    """Writes through to a file, and keeps the CRC-32 of all that was written."""
+
+    def __init__(self, file):
+        self.file, self.crc = file, 0
+
+    def write(self, part):
+        self.crc = zlib.crc32(part, self.crc)
+        return self.file.write(part)
+
+    def flush(self):
+        self.file.flush()
+
+
+def save_summed(state, file):
+    """torch.save, and the checksum behind it."""
+    summed = SummedFile(file)
+    try:
+        torch.save(state, summed)
+    except RuntimeError as e:       # what torch's zip writer makes of an OSError from write
+        raise e.__context__ if isinstance(e.__context__, OSError) else e
+    file.write(b"crc32:%08x" % summed.crc)
+
+
+def check_sum(path):
+    """OSError unless a file holds what save_summed wrote."""
+    with open(path, "rb") as f:
+        f.seek(max(path.stat().st_size - 14, 0))
+        stored = f.read()
+    if stored != b"crc32:%08x" % crc32(path, path.stat().st_size - 14):
+        raise OSError("its checksum is wrong")
+
+
+def crc32(path, size=None):
+    """CRC-32 of a file, or of its first `size` bytes: a second for a GB or two."""
+    crc, left = 0, path.stat().st_size if size is None else size
+    with open(path, "rb") as f:
+        while left > 0 and (chunk := f.read(min(left, 2**24))):
+            crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+    return crc
+
+
+def load_checkpoint(path):
+    """-> the dict of save_run, on the CPU. No pickled code is executed. ValueError if it can't be used."""
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}; start a run without --resume first")
+    try:
+        check_sum(path)
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:      # torch.load raises whatever the damaged bytes lead to
+        reason = " ".join(str(e).split())[:100] or type(e).__name__
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}); restore it from a copy, or start a new run "
+                         "in another --out_dir") from None
+    if not isinstance(ckpt, dict) or not {"model", "config", "train_config", "encoding"} <= ckpt.keys():
+        raise ValueError(f"{path} is not a checkpoint of train.py; start a new run in another --out_dir")
+    return ckpt
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Released checkpoints
 
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FP8_FORMAT = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}

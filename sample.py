@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import read_json
+from checkpoint import load_checkpoint, load_run, read_json
 from data.tokenizer import encoding_from_json, get_tokenizer, separator
 from model import DeepSeekV3, DeepSeekV3Config
-from train import load_checkpoint
 
 
 def load(path, device):
@@ -33,7 +32,7 @@ def load(path, device):
         return load_released(path, device)
     if not path.exists():
         raise ValueError(f"--ckpt {path} does not exist; train a model first with: python train.py --out_dir {path}")
-    ckpt = load_checkpoint(path / "ckpt.pt" if path.is_dir() else path)
+    ckpt = load_run(path)[0] if path.is_dir() else load_checkpoint(path)
     with torch.device("meta"):
         model = DeepSeekV3(DeepSeekV3Config(**ckpt["config"]))
     model.load_state_dict(ckpt["model"], assign=True)

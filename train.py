@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import read_config
+from checkpoint import crc32, load_run, read_config, save_run, sole_process, write_atomically, writing
 from data.prepare import prepare
 from data.tokenizer import encoding_from_json, encoding_to_json, get_tokenizer, token_lengths
 from model import DeepSeekV3, DeepSeekV3Config
@@ -103,19 +103,25 @@ def configure(given):
     train_fields = {f.name for f in dataclasses.fields(TrainConfig)}
     train_flags = {k: v for k, v in given.items() if k in train_fields}
     model_flags = {k: v for k, v in given.items() if k not in train_fields}
-    path = Path(given.get("out_dir", TrainConfig.out_dir), "ckpt.pt")
+    out_dir, ckpt = Path(given.get("out_dir", TrainConfig.out_dir)), None
     if given.get("resume"):
-        ckpt = load_checkpoint(path)
+        ckpt, path = load_run(out_dir)
         for key, value in {**model_flags, **{k: v for k, v in train_flags.items() if k in FIXED_ON_RESUME}}.items():
             saved = {**ckpt["config"], **ckpt["train_config"]}[key]
             if value != saved:
                 raise ValueError(f"--{key} {value} contradicts {path}, which was trained with {key}={saved}; leave "
                                  "the flag out, or start a new run in another --out_dir")
-        cfg = TrainConfig(**{**ckpt["train_config"], **train_flags})
-        return cfg, DeepSeekV3Config(**ckpt["config"]), ckpt
-    if path.exists():
-        raise ValueError(f"{path} holds an earlier run; go on with it by --resume, or start anew in another --out_dir")
-    if "init_from" in given:
+        try:
+            cfg, config = TrainConfig(**{**ckpt["train_config"], **train_flags}), DeepSeekV3Config(**ckpt["config"])
+        except TypeError as e:
+            raise ValueError(f"{path} is of another version of train.py ({e}); go on with that one") from None
+        if path.name != "ckpt.pt" and (out_dir / "ckpt.pt").exists():      # lest it displace the good one at the next save
+            os.replace(out_dir / "ckpt.pt", out_dir / "ckpt.damaged.pt")
+        model_flags = {}
+    elif earlier := [p for p in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt") if p.exists()]:
+        raise ValueError(f"{earlier[0]} holds an earlier run; go on with it by --resume, or start anew in another "
+                         "--out_dir")
+    elif "init_from" in given:
         if "preset" in given:
             raise ValueError("--preset and --init_from contradict each other: the folder has its own config.json")
         config = read_config(Path(given["init_from"]))
@@ -144,7 +150,7 @@ def configure(given):
         raise ValueError(f"--block_size {cfg.block_size} is more than max_position_embeddings="
                          f"{config.max_position_embeddings}; lower it, raise --max_position_embeddings, or extend a "
                          "trained model with YaRN (--rope_scaling)")
-    return cfg, config, None
+    return cfg, config, ckpt
 
 
 def extend_context(config, length):
@@ -262,6 +268,11 @@ def open_data(cfg, config, vocab_size_given):
         if not (data_dir / name).stat().st_size:
             raise ValueError(f"{data_dir / name} is empty; delete the folder and prepare the data again")
     meta = read_meta(data_dir / "meta.json")
+    for name in ("train.bin", "val.bin"):       # all of it: nothing less notices a flipped bit
+        found = crc32(data_dir / name)
+        if meta.setdefault(name + "_crc32", found) != found:    # data of other making may have none
+            raise ValueError(f"{data_dir / name} is not what was prepared: damaged, cut off or changed since; delete "
+                             "the folder and prepare the data again")
     encoding = (data_dir / "encoding.json").read_text(encoding="utf-8")
     if not vocab_size_given:
         config.vocab_size = -(-meta["vocab_size"] // 64) * 64       # a multiple of 64: tensor cores like it
@@ -387,55 +398,31 @@ def peak_flops(device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-def write_atomically(path, write):
-    """write(file) into a temporary file beside path, then rename: a reader finds the old file or the new, never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_checkpoint(path):
-    """-> what save_checkpoint wrote, on the CPU. No pickled code is executed. ValueError if it can't be used."""
-    if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}; start a run without --resume first")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:      # torch.load raises whatever the damaged bytes lead to
-        reason = " ".join(str(e).split())[:100] or type(e).__name__
-        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}); restore it from a copy, or start a new run "
-                         "in another --out_dir") from None
-    if not isinstance(ckpt, dict) or not {"model", "config", "train_config", "encoding"} <= ckpt.keys():
-        raise ValueError(f"{path} is not a checkpoint of train.py; start a new run in another --out_dir")
-    return ckpt
-
+# A run
 
 def main(argv=None):
     given = parse_args(argv)
     try:
-        cfg, config, ckpt = configure(given)
-        device, dtype = pick_device(cfg)
-        meta, encoding, data = open_data(cfg, config, ckpt is not None or "vocab_size" in given or bool(cfg.init_from))
-        if cfg.init_from and not ckpt and encoding != encoding_to_json(get_tokenizer(cfg.init_from)):
-            raise ValueError(f"the data in {cfg.data_dir} were not prepared with the tokenizer of {cfg.init_from}; "
-                             f"prepare them with: python data/prepare.py --tokenizer {cfg.init_from} --out_dir DIR")
-        if ckpt and ckpt["meta"] != meta:
-            raise ValueError(f"the data in {cfg.data_dir} are not those that {cfg.out_dir}/ckpt.pt was trained on; "
-                             "restore them, or start a new run in another --out_dir")
-        validation = Validation(Path(cfg.data_dir, "val.bin"), meta, encoding, cfg.block_size)
-        out_dir = Path(cfg.out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
+        with sole_process(Path(given.get("out_dir", TrainConfig.out_dir))):
+            run(given)
     except (ValueError, OSError, ImportError) as e:
         raise SystemExit(f"train.py: {e}") from None
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def run(given):
+    cfg, config, ckpt = configure(given)
+    device, dtype = pick_device(cfg)
+    meta, encoding, data = open_data(cfg, config, ckpt is not None or "vocab_size" in given or bool(cfg.init_from))
+    if cfg.init_from and not ckpt and encoding != encoding_to_json(get_tokenizer(cfg.init_from)):
+        raise ValueError(f"the data in {cfg.data_dir} were not prepared with the tokenizer of {cfg.init_from}; "
+                         f"prepare them with: python data/prepare.py --tokenizer {cfg.init_from} --out_dir DIR")
+    out_dir = Path(cfg.out_dir)
+    if ckpt and not ckpt["meta"].items() <= meta.items():
+        raise ValueError(f"the data in {cfg.data_dir} are not those that {out_dir} was trained on; restore them, or "
+                         "start a new run in another --out_dir")
+    validation = Validation(Path(cfg.data_dir, "val.bin"), meta, encoding, cfg.block_size)
 
     # Model, optimizers, and where to go on
     if device.type == "cpu":
@@ -443,11 +430,8 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")      # TF32 for what stays in fp32 on a GPU
     if cfg.init_from and not ckpt:
-        try:
-            raw_model = DeepSeekV3.from_pretrained(cfg.init_from, torch.float32, device, **{
-                name: getattr(config, name) for name in FREE_OF_WEIGHTS}).train()
-        except (ValueError, OSError, ImportError) as e:
-            raise SystemExit(f"train.py: {e}") from None
+        raw_model = DeepSeekV3.from_pretrained(cfg.init_from, torch.float32, device, **{
+            name: getattr(config, name) for name in FREE_OF_WEIGHTS}).train()
         config = raw_model.config
     else:
         with torch.device(device):
@@ -478,7 +462,7 @@ def main(argv=None):
                  "config": dataclasses.asdict(config), "train_config": {**dataclasses.asdict(cfg), "resume": False},
                  "step": step, "samples": samples, "rng_state": torch.get_rng_state(), "meta": meta,
                  "encoding": encoding}
-        write_atomically(out_dir / "ckpt.pt", lambda f: torch.save(state, f))
+        save_run(out_dir, state)
 
     tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
     flops_per_token, peak = raw_model.flops_per_token(cfg.block_size), peak_flops(device)
@@ -486,7 +470,7 @@ def main(argv=None):
           f"{raw_model.num_params(active=True):,} active per token; {len(data.tokens):,} tokens of {cfg.data_dir}; "
           f"{cfg.max_iters} steps of {tokens_per_step:,} tokens on {device.type} in {str(dtype).removeprefix('torch.')}")
     if step:
-        print(f"resumed from {out_dir}/ckpt.pt at step {step}")
+        print(f"resumed {out_dir} at step {step}")
 
     # Ctrl-C or SIGTERM: finish the step, save, and go; a second one ends the process at once
     interrupted = False
@@ -547,7 +531,7 @@ def main(argv=None):
             if evaluate:
                 entry |= validation.evaluate(model, cfg.batch_size, device, autocast, doc_ids)
             entry["elapsed_s"] = time.monotonic() - START
-            with open(out_dir / "log.jsonl", "a") as f:
+            with writing(out_dir / "log.jsonl"), open(out_dir / "log.jsonl", "a") as f:
                 f.write(json.dumps(entry) + "\n")
             if evaluate:
                 save_checkpoint()
