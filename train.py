@@ -52,6 +52,7 @@ class TrainConfig:
     device: str = option("auto", "cuda, mps or cpu; auto: the first of these that is there")
     dtype: str = option("auto", "of the computation, float32 or bfloat16; auto: bfloat16 on a GPU that has it")
     compile: bool = option(None, "torch.compile the model; default: on a GPU")
+    deterministic: bool = option(False, "the same bits from run to run, on a GPU too, for some speed")
     seed: int = option(1337, "of the initial weights and of the order of the data")
     max_iters: int = option(None, "optimizer steps")
     batch_size: int = option(None, "sequences of a micro-batch")
@@ -165,6 +166,7 @@ def extend_context(config, length):
 # the fields of a config that weights can do without
 FREE_OF_WEIGHTS = ("max_position_embeddings", "rope_scaling", "bias_update_speed", "balance_loss_alpha",
                    "mtp_loss_weight")
+GIVE_UP_AFTER = 10      # steps in a row whose loss or gradient is not finite
 # what --resume can't change: the order of the data and the optimizer's state depend on these
 FIXED_ON_RESUME = ("preset", "init_from", "seed", "batch_size", "block_size", "gradient_accumulation_steps",
                    "optimizer")
@@ -429,6 +431,8 @@ def run(given):
         keep_freed_memory()
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")      # TF32 for what stays in fp32 on a GPU
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it cuBLAS may differ from run to run
+    torch.use_deterministic_algorithms(cfg.deterministic)
     if cfg.init_from and not ckpt:
         raw_model = DeepSeekV3.from_pretrained(cfg.init_from, torch.float32, device, **{
             name: getattr(config, name) for name in FREE_OF_WEIGHTS}).train()
@@ -437,12 +441,12 @@ def run(given):
         with torch.device(device):
             raw_model = DeepSeekV3(config)
     optimizers = make_optimizers(raw_model, cfg, device)
-    step, samples, log = 0, 0, []
+    step, samples, skipped, log = 0, 0, 0, []
     if ckpt:
         raw_model.load_state_dict(ckpt["model"])
         for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        step, samples = ckpt["step"], ckpt["samples"]
+        step, samples, skipped = ckpt["step"], ckpt["samples"], ckpt["skipped"]
         torch.set_rng_state(ckpt["rng_state"])
         if (out_dir / "log.jsonl").is_file():       # what came after the checkpoint happens anew
             lines = (out_dir / "log.jsonl").read_text().splitlines()
@@ -460,7 +464,7 @@ def run(given):
     def save_checkpoint():
         state = {"model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                  "config": dataclasses.asdict(config), "train_config": {**dataclasses.asdict(cfg), "resume": False},
-                 "step": step, "samples": samples, "rng_state": torch.get_rng_state(), "meta": meta,
+                 "step": step, "samples": samples, "skipped": skipped, "rng_state": torch.get_rng_state(), "meta": meta,
                  "encoding": encoding}
         save_run(out_dir, state)
 
@@ -483,7 +487,7 @@ def run(given):
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     # The training loop
-    timer, timed_steps = time.monotonic(), 0
+    timer, timed_steps, skipped_in_a_row = time.monotonic(), 0, 0
     while step < cfg.max_iters and not interrupted:
         lr, gamma, lam = schedule((step + 1) / cfg.max_iters)
         for optimizer in optimizers:
@@ -504,14 +508,27 @@ def run(given):
             load = load + aux["load"]
             samples += cfg.batch_size
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        # One NaN or infinity would spread to every weight: such a step changes nothing. To know in time, the CPU waits
+        # for the GPU here, which costs the few microseconds that it could have queued kernels ahead
+        if torch.isfinite(losses.sum() + grad_norm).item():
+            for optimizer in optimizers:
+                optimizer.step()
+            raw_model.update_router_bias(load, speed=config.bias_update_speed * gamma)
+            skipped_in_a_row = 0
+        else:
+            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+            print(f"step {step + 1}/{cfg.max_iters} skipped: its loss or gradient is not finite", flush=True)
         raw_model.zero_grad(set_to_none=True)
-        raw_model.update_router_bias(load, speed=config.bias_update_speed * gamma)
         step += 1
         timed_steps += 1
+        if skipped_in_a_row == GIVE_UP_AFTER:
+            save_checkpoint()
+            first = samples - cfg.batch_size * cfg.gradient_accumulation_steps
+            raise ValueError(f"loss or gradient were not finite {GIVE_UP_AFTER} times in a row, up to step {step} "
+                             f"(samples {first} to {samples - 1}); {out_dir}/ckpt.pt holds the last good weights: look "
+                             "at the data, or --resume with a lower --learning_rate")
 
-        # Logging; .item() is where a GPU is waited for
+        # Logging
         evaluate = step % cfg.eval_interval == 0 or step == cfg.max_iters
         if step % cfg.log_interval == 0 or step == 1 or evaluate:
             loss, main_loss, mtp_loss, balance_loss = (losses / cfg.gradient_accumulation_steps).tolist()
@@ -521,18 +538,20 @@ def run(given):
                      "balance_loss": balance_loss, "lr": cfg.learning_rate * lr, "grad_norm": grad_norm.item(),
                      "tokens_per_s": tokens_per_step / seconds,
                      "mfu": flops_per_token * tokens_per_step / seconds / peak if peak else None,
-                     "max_vio": vio.mean().item() if len(vio) else 0.0}
+                     "max_vio": vio.mean().item() if len(vio) else 0.0, "dead_experts": int((load == 0).sum()),
+                     "skipped": skipped}
             left = int(seconds * (cfg.max_iters - step))
             mfu = f"{entry['mfu']:.1%}" if peak else "n/a"
+            dead = f" dead {entry['dead_experts']}" if entry["dead_experts"] else ""    # experts without a token in the step
             print(f"step {step}/{cfg.max_iters} | loss {loss:.3f} main {main_loss:.3f} mtp {mtp_loss:.3f} | "
-                  f"norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | maxvio {entry['max_vio']:.2f} | "
+                  f"norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | maxvio {entry['max_vio']:.2f}{dead} | "
                   f"{entry['tokens_per_s']:,.0f} tok/s | mfu {mfu} | "
                   f"{left // 60}:{left % 60:02d} left", flush=True)
             if evaluate:
                 entry |= validation.evaluate(model, cfg.batch_size, device, autocast, doc_ids)
             entry["elapsed_s"] = time.monotonic() - START
             with writing(out_dir / "log.jsonl"), open(out_dir / "log.jsonl", "a") as f:
-                f.write(json.dumps(entry) + "\n")
+                f.write(json.dumps({k: v if v is None or math.isfinite(v) else None for k, v in entry.items()}) + "\n")
             if evaluate:
                 save_checkpoint()
                 print(f"step {step}/{cfg.max_iters} | val loss {entry['val_loss']:.4f} nats/token, "
