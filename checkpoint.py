@@ -15,11 +15,13 @@ import dataclasses
 import json
 import math
 import os
-import sys
+import shutil
+import warnings
 import zlib
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from model import DeepSeekV3Config
@@ -86,22 +88,79 @@ def save_run(out_dir, state):
     write_atomically(out_dir / "ckpt.pt", lambda f: save_summed(state, f), check_sum, out_dir / "ckpt.prev.pt")
 
 
+def save_shards(out_dir, state, model, optimizer):
+    """The like of save_run for a sharded model, called by all ranks: a folder OUT/ckpt, and OUT/ckpt.prev. The tensors are
+    written by torch.distributed.checkpoint as safetensors (its own format has pickles), state and checksums into run.pt."""
+    from torch.distributed import checkpoint as dcp     # half a second that only sharded runs need
+    path, previous, temporary = (out_dir / name for name in ("ckpt", "ckpt.prev", "ckpt.tmp"))
+    rank, sums = dist.get_rank(), [None] * dist.get_world_size()
+    with writing(path):
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        dist.barrier()
+        dcp.save(shards(model, optimizer),
+                 storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        own = {}
+        for file in temporary.glob(f"shard-{rank + 1:05}-*"):
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+            own[file.name] = crc32(file)
+        dist.all_gather_object(sums, own)
+        if rank == 0:
+            write_atomically(temporary / "run.pt", lambda f: save_summed(
+                {**state, "sums": {k: v for part in sums for k, v in part.items()}}, f), check_sum)
+            shutil.rmtree(previous, ignore_errors=True)
+            if path.exists():
+                os.replace(path, previous)
+            os.replace(temporary, path)
+        dist.barrier()
+
+
+def load_shards(path, model, optimizer=None):
+    """Fill model and optimizer from a folder of save_shards, whatever the number of ranks that wrote it or read it."""
+    from torch.distributed import checkpoint as dcp
+    for p in model.parameters() if optimizer else ():
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # that it is one process that reads
+        dcp.load(shards(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))      # in place
+
+
+def shards(model, optimizer):
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]       # is the embedding
+    for name, p in model.named_parameters() if optimizer else ():
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[p].items()}
+    return tensors
+
+
 def load_run(out_dir):
     """-> the newest good checkpoint of a run and its path: OUT/ckpt.pt or, where that is damaged or a kill came between
-    two renames, OUT/ckpt.prev.pt. ValueError if there is none."""
-    path, previous = out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt"
+    two renames, OUT/ckpt.prev.pt; of a sharded run OUT/ckpt or OUT/ckpt.prev. ValueError if there is none."""
+    suffix = "" if (out_dir / "ckpt").is_dir() or (out_dir / "ckpt.prev").is_dir() else ".pt"
+    path, previous = out_dir / f"ckpt{suffix}", out_dir / f"ckpt.prev{suffix}"
     try:
         return load_checkpoint(path), path
     except ValueError as e:
-        if not previous.is_file():
+        if not previous.exists():
             raise
         try:
-            ckpt = load_checkpoint(previous)
+            return load_checkpoint(previous), previous
         except ValueError:
             raise ValueError(f"{e}; {previous}, the one before it, is damaged too") from None
-        print(f"{path} is {'damaged' if path.exists() else 'missing'}: using {previous}, the checkpoint before it",
-              file=sys.stderr)
-        return ckpt, previous
+
+
+def set_aside(previous, ckpt):
+    """Move what is damaged out of the way, lest it displace the good checkpoint before it at the next save."""
+    path = previous.with_name(previous.name.replace(".prev", ""))
+    print(f"{path} is damaged or missing: going on from the one before it, {previous}, of step {ckpt['step']}")
+    if path.exists():
+        damaged = previous.with_name(previous.name.replace(".prev", ".damaged"))
+        shutil.rmtree(damaged, ignore_errors=True)
+        os.replace(path, damaged)
 
 
 class SummedFile:
@@ -147,19 +206,24 @@ def crc32(path, size=None):
 
 
 def load_checkpoint(path):
-    """-> the dict of save_run, on the CPU. No pickled code is executed. ValueError if it can't be used."""
-    if not path.is_file():
+    """-> the dict of save_run, on the CPU; of save_shards, with the folder under "shards" in place of the tensors. No
+    pickled code is executed. ValueError if it can't be used."""
+    if not path.exists():
         raise ValueError(f"there is no checkpoint {path}; start a run without --resume first")
+    file = path / "run.pt" if path.is_dir() else path
     try:
-        check_sum(path)
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        check_sum(file)
+        ckpt = torch.load(file, map_location="cpu", weights_only=True)
+        for name, crc in ckpt["sums"].items() if path.is_dir() else ():
+            if crc32(path / name) != crc:
+                raise OSError(f"{name} has changed")
     except Exception as e:      # torch.load raises whatever the damaged bytes lead to
         reason = " ".join(str(e).split())[:100] or type(e).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason}); restore it from a copy, or start a new run "
                          "in another --out_dir") from None
-    if not isinstance(ckpt, dict) or not {"model", "config", "train_config", "encoding"} <= ckpt.keys():
+    if not isinstance(ckpt, dict) or not {"config", "train_config", "encoding", "step"} <= ckpt.keys():
         raise ValueError(f"{path} is not a checkpoint of train.py; start a new run in another --out_dir")
-    return ckpt
+    return ckpt | {"shards": path} if path.is_dir() else ckpt
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """
-Train a DeepSeek-V3 on one device.
+Train a DeepSeek-V3 on one device, or by torchrun on many.
 
     python train.py                                   # 1M active parameters on the Python standard library's source
     python train.py --preset small --data_dir data/fineweb
     python train.py --init_from DIR --data_dir data/mine    # fine-tune a released checkpoint
     python train.py --resume                          # go on where out/ckpt.pt stopped
     python train.py --preset tiny --n_routed_experts 32 --num_nextn_predict_layers 2    # any field of the model's config
+    torchrun --nproc_per_node 8 train.py --preset small         # --batch_size is each GPU's; --fsdp: for larger models
 
 Writes OUT_DIR/ckpt.pt (the last checkpoint, with all that sample.py and --resume need) and OUT_DIR/log.jsonl.
 """
@@ -27,11 +28,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import crc32, load_run, read_config, save_run, sole_process, write_atomically, writing
+from checkpoint import (crc32, load_run, load_shards, read_config, save_run, save_shards, set_aside, sole_process, write_atomically,
+                        writing)
 from data.prepare import prepare
 from data.tokenizer import encoding_from_json, encoding_to_json, get_tokenizer, token_lengths
-from model import DeepSeekV3, DeepSeekV3Config
+from model import MTP, DeepSeekV3, DeepSeekV3Config, Gate
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -52,10 +56,12 @@ class TrainConfig:
     device: str = option("auto", "cuda, mps or cpu; auto: the first of these that is there")
     dtype: str = option("auto", "of the computation, float32 or bfloat16; auto: bfloat16 on a GPU that has it")
     compile: bool = option(None, "torch.compile the model; default: on a GPU")
+    fsdp: bool = option(False, "torchrun: shard weights, gradients and optimizer over the ranks, for models that one card "
+                               "can't hold")
     deterministic: bool = option(False, "the same bits from run to run, on a GPU too, for some speed")
     seed: int = option(1337, "of the initial weights and of the order of the data")
     max_iters: int = option(None, "optimizer steps")
-    batch_size: int = option(None, "sequences of a micro-batch")
+    batch_size: int = option(None, "sequences of a micro-batch, on each rank of torchrun")
     block_size: int = option(None, "tokens of a sequence")
     gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step")
     optimizer: str = option("adamw", "adamw, or muon for the hidden matrices with adamw for the rest (tiny: muon)")
@@ -75,6 +81,11 @@ RECIPES = {
     "671b": dict(learning_rate=2.2e-4, max_iters=235000, batch_size=8, block_size=4096, eval_interval=1000),
 }
 FINETUNE = dict(learning_rate=1e-5, max_iters=200, batch_size=4, block_size=1024, eval_interval=100)   # not tuned
+
+
+def ranks():
+    """-> the number of this process and how many there are, as torchrun tells them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def parse_args(argv):
@@ -116,10 +127,15 @@ def configure(given):
             cfg, config = TrainConfig(**{**ckpt["train_config"], **train_flags}), DeepSeekV3Config(**ckpt["config"])
         except TypeError as e:
             raise ValueError(f"{path} is of another version of train.py ({e}); go on with that one") from None
-        if path.name != "ckpt.pt" and (out_dir / "ckpt.pt").exists():      # lest it displace the good one at the next save
-            os.replace(out_dir / "ckpt.pt", out_dir / "ckpt.damaged.pt")
+        per_step = ranks()[1] * cfg.batch_size * cfg.gradient_accumulation_steps
+        if per_step != ckpt["sequences_per_step"]:
+            raise ValueError(f"--batch_size {cfg.batch_size} contradicts {path}: with {ranks()[1]} ranks and "
+                             f"--gradient_accumulation_steps {cfg.gradient_accumulation_steps} it makes {per_step} sequences "
+                             f"per step, and the run has {ckpt['sequences_per_step']}")
+        if ".prev" in path.name:
+            set_aside(path, ckpt)
         model_flags = {}
-    elif earlier := [p for p in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt") if p.exists()]:
+    elif earlier := [p for p in map(out_dir.joinpath, ("ckpt.pt", "ckpt.prev.pt", "ckpt", "ckpt.prev")) if p.exists()]:
         raise ValueError(f"{earlier[0]} holds an earlier run; go on with it by --resume, or start anew in another "
                          "--out_dir")
     elif "init_from" in given:
@@ -147,6 +163,10 @@ def configure(given):
         raise ValueError(f"--learning_rate must be a finite number over 0, got {cfg.learning_rate}")
     if cfg.optimizer not in ("adamw", "muon"):
         raise ValueError(f"--optimizer {cfg.optimizer!r} is unknown; choose adamw or muon")
+    if cfg.fsdp and cfg.optimizer == "muon":
+        raise ValueError("--fsdp needs --optimizer adamw: Muon orthogonalizes whole matrices, and no rank holds one")
+    if cfg.fsdp and "RANK" not in os.environ:
+        raise ValueError("--fsdp shards over the ranks of torchrun; start it with: torchrun --nproc_per_node N train.py")
     if cfg.block_size > config.max_position_embeddings:
         raise ValueError(f"--block_size {cfg.block_size} is more than max_position_embeddings="
                          f"{config.max_position_embeddings}; lower it, raise --max_position_embeddings, or extend a "
@@ -168,8 +188,7 @@ FREE_OF_WEIGHTS = ("max_position_embeddings", "rope_scaling", "bias_update_speed
                    "mtp_loss_weight")
 GIVE_UP_AFTER = 10      # steps in a row whose loss or gradient is not finite
 # what --resume can't change: the order of the data and the optimizer's state depend on these
-FIXED_ON_RESUME = ("preset", "init_from", "seed", "batch_size", "block_size", "gradient_accumulation_steps",
-                   "optimizer")
+FIXED_ON_RESUME = ("preset", "init_from", "seed", "block_size", "optimizer", "fsdp")
 
 
 def pick_device(cfg):
@@ -178,13 +197,15 @@ def pick_device(cfg):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name)
         torch.zeros(1, device=device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name} can't be used here: {str(e).splitlines()[0]}") from None
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
-    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and name == "cuda" and torch.cuda.is_bf16_supported(False)
+    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     return device, torch.bfloat16 if bf16 else torch.float32
 
 
@@ -259,7 +280,7 @@ def open_data(cfg, config, vocab_size_given):
     """-> meta.json's dict, encoding.json's text and the train Tokens. Prepares the data first where there are none, and
     sizes config.vocab_size to them unless it was given."""
     data_dir = Path(cfg.data_dir)
-    if not data_dir.exists() or data_dir.is_dir() and not any(data_dir.iterdir()):
+    if ranks()[0] == 0 and (not data_dir.exists() or data_dir.is_dir() and not any(data_dir.iterdir())):
         source = data_dir.name if data_dir.name in ("shakespeare", "fineweb") else "stdlib"
         print(f"{data_dir} has no data yet: preparing {source}")
         prepare(data_dir, source=source)
@@ -375,6 +396,49 @@ class StackedMuon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(rate * (x.mT if tall else x))
 
 
+def load_released(dir, config, device):
+    """The model of a released checkpoint in fp32, with config's choice of what weights can do without."""
+    changes = {name: getattr(config, name) for name in FREE_OF_WEIGHTS}
+    return DeepSeekV3.from_pretrained(dir, torch.float32, device, **changes).train()
+
+
+def sharded_model(config, device, dtype, init_from=None):
+    """FSDP2: each rank keeps its share of every weight; a block's are gathered when it computes, in the computation's
+    dtype, and dropped again; gradients are summed in fp32. No device ever holds more than one whole weight and block;
+    of a released checkpoint, rank 0 holds all on the CPU for a while."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict       # slow
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import distribute_tensor
+    released = load_released(init_from, config, "cpu") if init_from and dist.get_rank() == 0 else None
+    configs = [released.config if released else config]
+    dist.broadcast_object_list(configs)
+    with torch.device("meta"):
+        model = DeepSeekV3(configs[0])
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.model.layers:
+        for module in [m for m in block.modules() if isinstance(m, Gate)]:
+            fully_shard(module, mesh=mesh)                      # the router computes in fp32
+        if isinstance(block, MTP):
+            fully_shard(block.shared_head.norm, mesh=mesh)      # is called after the block, which has dropped its weights
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)       # embedding, final norm, head: in fp32, for the residual stream
+    model.to_empty(device=device)
+    if init_from:
+        set_model_state_dict(model, released.state_dict() if released else {},
+                             options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+        return model
+    with torch.no_grad():
+        for p in model.parameters():    # as in DeepSeekV3.__init__, whole, so that it doesn't depend on the number of ranks
+            whole = torch.ones(p.shape, device=device)
+            whole = whole.normal_(std=config.initializer_range) if p.dim() > 1 else whole
+            p.copy_(distribute_tensor(whole, mesh, p.placements, src_data_rank=None))
+        for router_bias in model.buffers():
+            router_bias.zero_()
+    return model
+
+
 def make_optimizers(model, cfg, device):
     """AdamW as in §4.2, or Muon for the hidden matrices, its update scaled to AdamW's size so that they share a rate."""
     groups = model.param_groups(weight_decay=0.1)
@@ -403,17 +467,30 @@ def peak_flops(device):
 # A run
 
 def main(argv=None):
-    given = parse_args(argv)
+    given, (rank, world) = parse_args(argv), ranks()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")      # one speaks for all
     try:
-        with sole_process(Path(given.get("out_dir", TrainConfig.out_dir))):
-            run(given)
+        if "RANK" in os.environ:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        with sole_process(Path(given.get("out_dir", TrainConfig.out_dir))) if rank == 0 else contextlib.nullcontext():
+            run(given, rank, world)
     except (ValueError, OSError, ImportError) as e:
         raise SystemExit(f"train.py: {e}") from None
+    except RuntimeError as e:
+        if "gloo" not in str(e) and not isinstance(e, dist.DistError):
+            raise
+        raise SystemExit(f"train.py: rank {rank} lost touch with another rank, whose own words say why") from None
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def run(given):
+def run(given, rank, world):
+    if rank > 0:        # rank 0 goes first: it prepares the data, and says what is wrong
+        dist.broadcast(torch.zeros(1), 0)
     cfg, config, ckpt = configure(given)
     device, dtype = pick_device(cfg)
     meta, encoding, data = open_data(cfg, config, ckpt is not None or "vocab_size" in given or bool(cfg.init_from))
@@ -425,6 +502,8 @@ def run(given):
         raise ValueError(f"the data in {cfg.data_dir} are not those that {out_dir} was trained on; restore them, or "
                          "start a new run in another --out_dir")
     validation = Validation(Path(cfg.data_dir, "val.bin"), meta, encoding, cfg.block_size)
+    if rank == 0 and world > 1:
+        dist.broadcast(torch.zeros(1), 0)
 
     # Model, optimizers, and where to go on
     if device.type == "cpu":
@@ -433,27 +512,34 @@ def run(given):
     torch.set_float32_matmul_precision("high")      # TF32 for what stays in fp32 on a GPU
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it cuBLAS may differ from run to run
     torch.use_deterministic_algorithms(cfg.deterministic)
-    if cfg.init_from and not ckpt:
-        raw_model = DeepSeekV3.from_pretrained(cfg.init_from, torch.float32, device, **{
-            name: getattr(config, name) for name in FREE_OF_WEIGHTS}).train()
-        config = raw_model.config
+    if cfg.fsdp:
+        raw_model = sharded_model(config, device, dtype, None if ckpt else cfg.init_from)
+    elif cfg.init_from and not ckpt:
+        raw_model = load_released(cfg.init_from, config, device)
     else:
         with torch.device(device):
             raw_model = DeepSeekV3(config)
+    config = raw_model.config       # a released model may come without its MTP modules
     optimizers = make_optimizers(raw_model, cfg, device)
     step, samples, skipped, log = 0, 0, 0, []
     if ckpt:
-        raw_model.load_state_dict(ckpt["model"])
-        for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        if cfg.fsdp:
+            load_shards(ckpt["shards"], raw_model, *optimizers)
+        else:
+            raw_model.load_state_dict(ckpt["model"])
+            for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
         step, samples, skipped = ckpt["step"], ckpt["samples"], ckpt["skipped"]
         torch.set_rng_state(ckpt["rng_state"])
         if (out_dir / "log.jsonl").is_file():       # what came after the checkpoint happens anew
             lines = (out_dir / "log.jsonl").read_text().splitlines()
             log = [line for line in lines if line.endswith("}") and json.loads(line)["iter"] <= step]
-    write_atomically(out_dir / "log.jsonl", lambda f: f.write("".join(line + "\n" for line in log).encode()))
-    use_compile = device.type == "cuda" if cfg.compile is None else cfg.compile
+    if rank == 0:
+        write_atomically(out_dir / "log.jsonl", lambda f: f.write("".join(line + "\n" for line in log).encode()))
+    use_compile = device.type == "cuda" and not cfg.fsdp if cfg.compile is None else cfg.compile
     model = torch.compile(raw_model) if use_compile else raw_model
+    if world > 1 and not cfg.fsdp:      # averages the gradients; the only buffers are router biases, equal on all ranks
+        model = DistributedDataParallel(model, forward_sync_buffers=False)
 
     def autocast():
         return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
@@ -462,55 +548,72 @@ def run(given):
         return (x == meta["separator"]).cumsum(1) if cfg.mask_documents else None
 
     def save_checkpoint():
-        state = {"model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                 "config": dataclasses.asdict(config), "train_config": {**dataclasses.asdict(cfg), "resume": False},
+        state = {"config": dataclasses.asdict(config), "train_config": {**dataclasses.asdict(cfg), "resume": False},
                  "step": step, "samples": samples, "skipped": skipped, "rng_state": torch.get_rng_state(), "meta": meta,
-                 "encoding": encoding}
-        save_run(out_dir, state)
+                 "encoding": encoding, "sequences_per_step": sequences_per_step}
+        if cfg.fsdp:
+            save_shards(out_dir, state, raw_model, *optimizers)
+        elif rank == 0:
+            save_run(out_dir, {**state, "model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
 
-    tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
+    saved = out_dir / ("ckpt" if cfg.fsdp else "ckpt.pt")
+    sequences_per_step = world * cfg.batch_size * cfg.gradient_accumulation_steps
+    tokens_per_step = sequences_per_step * cfg.block_size
     flops_per_token, peak = raw_model.flops_per_token(cfg.block_size), peak_flops(device)
+    peak = peak and peak * world
     print(f"{cfg.init_from or cfg.preset}: {raw_model.num_params():,} parameters, "
           f"{raw_model.num_params(active=True):,} active per token; {len(data.tokens):,} tokens of {cfg.data_dir}; "
-          f"{cfg.max_iters} steps of {tokens_per_step:,} tokens on {device.type} in {str(dtype).removeprefix('torch.')}")
+          f"{cfg.max_iters} steps of {tokens_per_step:,} tokens on {f'{world} x ' * (world > 1)}{device.type} in "
+          f"{str(dtype).removeprefix('torch.')}")
     if step:
         print(f"resumed {out_dir} at step {step}")
 
-    # Ctrl-C or SIGTERM: finish the step, save, and go; a second one ends the process at once
-    interrupted = False
+    # Ctrl-C or SIGTERM: finish the step, save, and go; a second one ends the process at once, but not under torchrun,
+    # which passes on what the terminal has sent already
+    interrupted = stop = False
 
     def on_signal(number, frame):
         nonlocal interrupted
         interrupted = True
-        signal.signal(number, signal.SIG_DFL)
+        if world == 1:
+            signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     # The training loop
     timer, timed_steps, skipped_in_a_row = time.monotonic(), 0, 0
-    while step < cfg.max_iters and not interrupted:
+    while step < cfg.max_iters and not stop:
         lr, gamma, lam = schedule((step + 1) / cfg.max_iters)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = cfg.learning_rate * lr
         load = 0
-        losses = torch.zeros(4, device=device)      # loss, main, mtp, balance, summed over the micro-batches
-        for _ in range(cfg.gradient_accumulation_steps):
-            x, y = data.batch(samples, cfg.batch_size)
+        losses = torch.zeros(5, device=device)      # loss, main, mtp, balance: sums over micro-batches; interrupted
+        for micro_step in range(cfg.gradient_accumulation_steps):
+            x, y = data.batch(samples + rank * cfg.batch_size, cfg.batch_size)
             if device.type == "cuda":
                 x, y = x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
             else:
                 x, y = x.to(device), y.to(device)
+            # DDP, as nanoGPT has it: gradients are averaged over the ranks with the last micro-batch only
+            model.require_backward_grad_sync = micro_step == cfg.gradient_accumulation_steps - 1
             with autocast():
                 _, loss, aux = model(x, y, doc_ids=doc_ids(x), mtp_loss_weight=config.mtp_loss_weight * lam)
             (loss / cfg.gradient_accumulation_steps).backward()
-            losses += torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]])
+            losses[:4] += torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]])
             load = load + aux["load"]
-            samples += cfg.batch_size
+            samples += world * cfg.batch_size
+        losses[4] = interrupted
+        if world > 1:       # one sum for all, so that all decide alike what follows
+            dist.all_reduce(losses)
+            dist.all_reduce(load)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
+        if cfg.fsdp:
+            grad_norm = grad_norm.full_tensor()
         # One NaN or infinity would spread to every weight: such a step changes nothing. To know in time, the CPU waits
         # for the GPU here, which costs the few microseconds that it could have queued kernels ahead
-        if torch.isfinite(losses.sum() + grad_norm).item():
+        finite, stop = torch.stack([torch.isfinite(losses.sum() + grad_norm), losses[4] > 0]).tolist()
+        if finite:
             for optimizer in optimizers:
                 optimizer.step()
             raw_model.update_router_bias(load, speed=config.bias_update_speed * gamma)
@@ -523,15 +626,15 @@ def run(given):
         timed_steps += 1
         if skipped_in_a_row == GIVE_UP_AFTER:
             save_checkpoint()
-            first = samples - cfg.batch_size * cfg.gradient_accumulation_steps
+            first = samples - sequences_per_step
             raise ValueError(f"loss or gradient were not finite {GIVE_UP_AFTER} times in a row, up to step {step} "
-                             f"(samples {first} to {samples - 1}); {out_dir}/ckpt.pt holds the last good weights: look "
+                             f"(samples {first} to {samples - 1}); {saved} holds the last good weights: look "
                              "at the data, or --resume with a lower --learning_rate")
 
         # Logging
         evaluate = step % cfg.eval_interval == 0 or step == cfg.max_iters
         if step % cfg.log_interval == 0 or step == 1 or evaluate:
-            loss, main_loss, mtp_loss, balance_loss = (losses / cfg.gradient_accumulation_steps).tolist()
+            loss, main_loss, mtp_loss, balance_loss = (losses[:4] / cfg.gradient_accumulation_steps / world).tolist()
             seconds = (time.monotonic() - timer) / timed_steps
             vio = load.float().amax(1) / load.float().mean(1) - 1      # MaxVio of each layer (arXiv 2408.15664)
             entry = {"iter": step, "loss": loss, "main_loss": main_loss, "mtp_loss": mtp_loss,
@@ -550,19 +653,23 @@ def run(given):
             if evaluate:
                 entry |= validation.evaluate(model, cfg.batch_size, device, autocast, doc_ids)
             entry["elapsed_s"] = time.monotonic() - START
-            with writing(out_dir / "log.jsonl"), open(out_dir / "log.jsonl", "a") as f:
-                f.write(json.dumps({k: v if v is None or math.isfinite(v) else None for k, v in entry.items()}) + "\n")
+            if rank == 0:
+                with writing(out_dir / "log.jsonl"), open(out_dir / "log.jsonl", "a") as f:
+                    f.write(json.dumps({k: v if v is None or math.isfinite(v) else None for k, v in entry.items()}) + "\n")
             if evaluate:
                 save_checkpoint()
                 print(f"step {step}/{cfg.max_iters} | val loss {entry['val_loss']:.4f} nats/token, "
-                      f"{entry['val_bpb']:.4f} bits/byte | saved {out_dir}/ckpt.pt", flush=True)
+                      f"{entry['val_bpb']:.4f} bits/byte | saved {saved}", flush=True)
             timer, timed_steps = time.monotonic(), 0
 
+    if stopped := stop and step < cfg.max_iters:
+        save_checkpoint()
+    if world > 1:       # torchrun ends all ranks when one has ended
+        dist.barrier()
     for number, handler in before.items():
         signal.signal(number, handler)
-    if interrupted and step < cfg.max_iters:
-        save_checkpoint()
-        print(f"interrupted at step {step}; saved {out_dir}/ckpt.pt. Go on with: python train.py --resume --out_dir "
+    if stopped:
+        print(f"interrupted at step {step}; saved {saved}. Go on with: python train.py --resume --out_dir "
               f"{out_dir}")
         sys.exit(130)
     print(f"done. Sample with: python sample.py --ckpt {out_dir}")
