@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model import DeepSeekV3Config
+from model import DeepSeekV3, DeepSeekV3Config
 
 try:
     import fcntl
@@ -221,9 +221,21 @@ def load_checkpoint(path):
         reason = " ".join(str(e).split())[:100] or type(e).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason}); restore it from a copy, or start a new run "
                          "in another --out_dir") from None
-    if not isinstance(ckpt, dict) or not {"config", "train_config", "encoding", "step"} <= ckpt.keys():
+    kinds = {"config": dict, "train_config": dict, "meta": dict, "encoding": str, "step": int, "samples": int,
+             "skipped": int, "sequences_per_step": int}
+    if not isinstance(ckpt, dict) or any(type(ckpt.get(key)) is not kind for key, kind in kinds.items()):
         raise ValueError(f"{path} is not a checkpoint of train.py; start a new run in another --out_dir")
-    return ckpt | {"shards": path} if path.is_dir() else ckpt
+    if path.is_dir():
+        return ckpt | {"shards": path}
+    try:        # before any memory is spent: do the weights fit the config?
+        config = DeepSeekV3Config(**ckpt["config"])
+        if config.num_hidden_layers + config.num_nextn_predict_layers > len(ckpt["model"]):
+            raise ValueError("too few tensors")
+        # a dict of its own, as assign=True leaves a mark in a state_dict's metadata that makes the next load assign too
+        on_meta(DeepSeekV3, config, path).load_state_dict(dict(ckpt["model"]), assign=True)
+    except (ValueError, RuntimeError, TypeError, LookupError, AttributeError) as e:
+        raise ValueError(f"{path} holds weights that don't fit its config: {' '.join(str(e).split())[:200]}") from None
+    return ckpt
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -257,16 +269,16 @@ def load(cls, dir, dtype=None, device=None, **changes):
     dir = Path(dir)
     config = dataclasses.replace(read_config(dir), **changes)
     where = find_tensors(dir)       # {name: (file, dtype, shape)}
-    first_mtp = config.num_hidden_layers
-    if not any(name.startswith(f"model.layers.{first_mtp + k}.") for name in where
-               for k in range(config.num_nextn_predict_layers)):
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    if config.num_hidden_layers > len(where) or 3 * config.n_routed_experts > len(where) and (
-            config.num_hidden_layers > config.first_k_dense_replace):
-        raise ValueError(f"{dir} holds {len(where)} tensors, too few for the {config.num_hidden_layers} layers and "
+    layers, depth = config.num_hidden_layers, config.num_nextn_predict_layers
+    if layers + depth <= len(where):
+        there = {".".join(name.split(".")[:3]) for name in where}
+        if not any(f"model.layers.{layers + k}" in there for k in range(depth)):
+            config, depth = dataclasses.replace(config, num_nextn_predict_layers=0), 0
+    has_moe = depth or layers > config.first_k_dense_replace
+    if layers + depth > len(where) or 3 * config.n_routed_experts > len(where) and has_moe:
+        raise ValueError(f"{dir} holds {len(where)} tensors, too few for the {layers} layers, {depth} MTP modules and "
                          f"{config.n_routed_experts} experts of its config.json")
-    with torch.device("meta"):
-        model = cls(config)
+    model = on_meta(cls, config, dir)
     expected, copies = released_tensors(model)
 
     # Account for every tensor before any memory is spent
@@ -302,6 +314,15 @@ def load(cls, dir, dtype=None, device=None, **changes):
                 tensor = weight_dequant(tensor, read_tensor(where[scale][0], scale))
             target.copy_(tensor)
     return model.eval()
+
+
+def on_meta(cls, config, origin):
+    """The model without memory for its weights. ValueError if they are more than numbers can count."""
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"{origin} has a config of an impossible size ({' '.join(str(e).split())[:100]})") from None
 
 
 def is_quantized(name):

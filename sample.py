@@ -45,8 +45,10 @@ def load(path, device):
     else:
         model.load_state_dict(ckpt["model"], assign=True)
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    enc = encoding_from_json(ckpt["encoding"])
-    return model.eval(), enc, None, {separator(enc)}, max(ckpt["train_config"]["block_size"], 2)
+    enc, block_size = encoding_from_json(ckpt["encoding"]), ckpt["train_config"].get("block_size")
+    if type(block_size) is not int:
+        raise ValueError(f"{path} has the block_size {block_size!r}, which is no number")
+    return model.eval(), enc, None, {separator(enc)}, max(block_size, 2)
 
 
 def load_released(path, device):

@@ -119,7 +119,7 @@ def configure(given):
     if given.get("resume"):
         ckpt, path = load_run(out_dir)
         for key, value in {**model_flags, **{k: v for k, v in train_flags.items() if k in FIXED_ON_RESUME}}.items():
-            saved = {**ckpt["config"], **ckpt["train_config"]}[key]
+            saved = (ckpt["config"] | ckpt["train_config"]).get(key)
             if value != saved:
                 raise ValueError(f"--{key} {value} contradicts {path}, which was trained with {key}={saved}; leave "
                                  "the flag out, or start a new run in another --out_dir")
@@ -127,6 +127,9 @@ def configure(given):
             cfg, config = TrainConfig(**{**ckpt["train_config"], **train_flags}), DeepSeekV3Config(**ckpt["config"])
         except TypeError as e:
             raise ValueError(f"{path} is of another version of train.py ({e}); go on with that one") from None
+        for f in dataclasses.fields(cfg):
+            if type(value := getattr(cfg, f.name)) is not f.type and (value is not None or f.name not in ("init_from", "compile")):
+                raise ValueError(f"{path} has {f.name}={value!r}, which is not of type {f.type.__name__}")
         per_step = ranks()[1] * cfg.batch_size * cfg.gradient_accumulation_steps
         if per_step != ckpt["sequences_per_step"]:
             raise ValueError(f"--batch_size {cfg.batch_size} contradicts {path}: with {ranks()[1]} ranks and "
