@@ -240,4 +240,4 @@ def test_checkpoints_with_absurd_contents(tmp_path, make_model):
         with pytest.raises(SystemExit) as e, contextlib.redirect_stdout(None):
             train.main(["--resume", "--out_dir", str(tmp_path), "--data_dir", str(tmp_path / "ckpt.pt")])
         assert str(e.value.code).startswith("train.py: ") and "\n" not in str(e.value.code)
-    assert 15 < accepted < 105
+    assert 5 < accepted < 115
