@@ -1,21 +1,244 @@
 """
-Released checkpoints: the files of DeepSeek-V3 and its kin on the Hugging Face Hub, read and written.
+The files of a run of train.py, and released checkpoints: those of DeepSeek-V3 and its kin on the Hugging Face Hub.
 
-A folder holds config.json and model.safetensors, or shards of it with model.safetensors.index.json. Beside model.py's
+A run's OUT/ckpt.pt is what torch.save writes, and behind that its CRC-32, which torch.load doesn't mind. It is checked
+before the file takes the place of the one before it, and again whenever it is used.
+
+A released folder holds config.json and model.safetensors, or shards of it with model.safetensors.index.json. Beside model.py's
 stacked experts there are three things to know: each expert is a tensor by itself; the MTP modules, layers
 num_hidden_layers and up, repeat embedding and head; and `weight` may be FP8 with a `weight_scale_inv` for each 128x128
 block, which multiplies. Use it as DeepSeekV3.from_pretrained and save_pretrained.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import shutil
+import warnings
+import zlib
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from model import DeepSeekV3Config
+from model import DeepSeekV3, DeepSeekV3Config
+
+try:
+    import fcntl
+except ImportError:     # not a Unix: there, nothing keeps a second process out of a run's folder
+    fcntl = None
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+@contextlib.contextmanager
+def sole_process(out_dir):
+    """Holds OUT/lock, so that two processes never mix their files in one folder. The kernel releases it whatever the
+    process dies of: a lock file that was left over means nothing. ValueError if another process holds it."""
+    new = not out_dir.exists()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with open(out_dir / "lock", "w") as f:
+        try:
+            if fcntl:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {out_dir}; let it end, or choose another --out_dir"
+                             ) from None
+        try:
+            yield
+        finally:
+            if new and os.listdir(out_dir) == ["lock"]:     # nothing came of it
+                (out_dir / "lock").unlink()
+                out_dir.rmdir()
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A full disk, a quota or a lost network drive ends the run in one sentence."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(f"{path} can't be written ({e.strerror or e}); what was there before is intact: make room, then "
+                      "go on with --resume") from None
+
+
+def write_atomically(path, write, check=lambda path: None, keep_as=None):
+    """write(file) into a temporary file beside path, then rename: a reader finds the old file or the new, never half.
+    The new one takes its place after check(its path); the old one stays under the name keep_as."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with writing(path):
+            with open(temporary, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            check(temporary)
+            if keep_as and path.exists():
+                os.replace(path, keep_as)
+            os.replace(temporary, path)     # killed just before: path is missing, keep_as is there
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_run(out_dir, state):
+    """OUT/ckpt.pt, proven readable; the one before it stays as OUT/ckpt.prev.pt."""
+    write_atomically(out_dir / "ckpt.pt", lambda f: save_summed(state, f), check_sum, out_dir / "ckpt.prev.pt")
+
+
+def save_shards(out_dir, state, model, optimizer):
+    """The like of save_run for a sharded model, called by all ranks: a folder OUT/ckpt, and OUT/ckpt.prev. The tensors are
+    written by torch.distributed.checkpoint as safetensors (its own format has pickles), state and checksums into run.pt."""
+    from torch.distributed import checkpoint as dcp     # half a second that only sharded runs need
+    path, previous, temporary = (out_dir / name for name in ("ckpt", "ckpt.prev", "ckpt.tmp"))
+    rank, sums = dist.get_rank(), [None] * dist.get_world_size()
+    with writing(path):
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        dist.barrier()
+        dcp.save(shards(model, optimizer),
+                 storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        own = {}
+        for file in temporary.glob(f"shard-{rank + 1:05}-*"):
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+            own[file.name] = crc32(file)
+        dist.all_gather_object(sums, own)
+        if rank == 0:
+            write_atomically(temporary / "run.pt", lambda f: save_summed(
+                {**state, "sums": {k: v for part in sums for k, v in part.items()}}, f), check_sum)
+            shutil.rmtree(previous, ignore_errors=True)
+            if path.exists():
+                os.replace(path, previous)
+            os.replace(temporary, path)
+        dist.barrier()
+
+
+def load_shards(path, model, optimizer=None):
+    """Fill model and optimizer from a folder of save_shards, whatever the number of ranks that wrote it or read it."""
+    from torch.distributed import checkpoint as dcp
+    for p in model.parameters() if optimizer else ():
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # that it is one process that reads
+        dcp.load(shards(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))      # in place
+
+
+def shards(model, optimizer):
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]       # is the embedding
+    for name, p in model.named_parameters() if optimizer else ():
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[p].items()}
+    return tensors
+
+
+def load_run(out_dir):
+    """-> the newest good checkpoint of a run and its path: OUT/ckpt.pt or, where that is damaged or a kill came between
+    two renames, OUT/ckpt.prev.pt; of a sharded run OUT/ckpt or OUT/ckpt.prev. ValueError if there is none."""
+    suffix = "" if (out_dir / "ckpt").is_dir() or (out_dir / "ckpt.prev").is_dir() else ".pt"
+    path, previous = out_dir / f"ckpt{suffix}", out_dir / f"ckpt.prev{suffix}"
+    try:
+        return load_checkpoint(path), path
+    except ValueError as e:
+        if not previous.exists():
+            raise
+        try:
+            return load_checkpoint(previous), previous
+        except ValueError:
+            raise ValueError(f"{e}; {previous}, the one before it, is damaged too") from None
+
+
+def set_aside(previous, ckpt):
+    """Move what is damaged out of the way, lest it displace the good checkpoint before it at the next save."""
+    path = previous.with_name(previous.name.replace(".prev", ""))
+    print(f"{path} is damaged or missing: going on from the one before it, {previous}, of step {ckpt['step']}")
+    if path.exists():
+        damaged = previous.with_name(previous.name.replace(".prev", ".damaged"))
+        shutil.rmtree(damaged, ignore_errors=True)
+        os.replace(path, damaged)
+
+
+class SummedFile:
+    """Writes through to a file, and keeps the CRC-32 of all that was written."""
+
+    def __init__(self, file):
+        self.file, self.crc = file, 0
+
+    def write(self, part):
+        self.crc = zlib.crc32(part, self.crc)
+        return self.file.write(part)
+
+    def flush(self):
+        self.file.flush()
+
+
+def save_summed(state, file):
+    """torch.save, and the checksum behind it."""
+    summed = SummedFile(file)
+    try:
+        torch.save(state, summed)
+    except RuntimeError as e:       # what torch's zip writer makes of an OSError from write
+        raise e.__context__ if isinstance(e.__context__, OSError) else e
+    file.write(b"crc32:%08x" % summed.crc)
+
+
+def check_sum(path):
+    """OSError unless a file holds what save_summed wrote."""
+    with open(path, "rb") as f:
+        f.seek(max(path.stat().st_size - 14, 0))
+        stored = f.read()
+    if stored != b"crc32:%08x" % crc32(path, path.stat().st_size - 14):
+        raise OSError("its checksum is wrong")
+
+
+def crc32(path, size=None):
+    """CRC-32 of a file, or of its first `size` bytes: a second for a GB or two."""
+    crc, left = 0, path.stat().st_size if size is None else size
+    with open(path, "rb") as f:
+        while left > 0 and (chunk := f.read(min(left, 2**24))):
+            crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+    return crc
+
+
+def load_checkpoint(path):
+    """-> the dict of save_run, on the CPU; of save_shards, with the folder under "shards" in place of the tensors. No
+    pickled code is executed. ValueError if it can't be used."""
+    if not path.exists():
+        raise ValueError(f"there is no checkpoint {path}; start a run without --resume first")
+    file = path / "run.pt" if path.is_dir() else path
+    try:
+        check_sum(file)
+        ckpt = torch.load(file, map_location="cpu", weights_only=True)
+        for name, crc in ckpt["sums"].items() if path.is_dir() else ():
+            if crc32(path / name) != crc:
+                raise OSError(f"{name} has changed")
+    except Exception as e:      # torch.load raises whatever the damaged bytes lead to
+        reason = " ".join(str(e).split())[:100] or type(e).__name__
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}); restore it from a copy, or start a new run "
+                         "in another --out_dir") from None
+    kinds = {"config": dict, "train_config": dict, "meta": dict, "encoding": str, "step": int, "samples": int,
+             "skipped": int, "sequences_per_step": int}
+    if not isinstance(ckpt, dict) or any(type(ckpt.get(key)) is not kind for key, kind in kinds.items()):
+        raise ValueError(f"{path} is not a checkpoint of train.py; start a new run in another --out_dir")
+    if path.is_dir():
+        return ckpt | {"shards": path}
+    try:        # before any memory is spent: do the weights fit the config?
+        config = DeepSeekV3Config(**ckpt["config"])
+        if config.num_hidden_layers + config.num_nextn_predict_layers > len(ckpt["model"]):
+            raise ValueError("too few tensors")
+        # a dict of its own, as assign=True leaves a mark in a state_dict's metadata that makes the next load assign too
+        on_meta(DeepSeekV3, config, path).load_state_dict(dict(ckpt["model"]), assign=True)
+    except (ValueError, RuntimeError, TypeError, LookupError, AttributeError) as e:
+        raise ValueError(f"{path} holds weights that don't fit its config: {' '.join(str(e).split())[:200]}") from None
+    return ckpt
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Released checkpoints
 
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FP8_FORMAT = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -46,16 +269,16 @@ def load(cls, dir, dtype=None, device=None, **changes):
     dir = Path(dir)
     config = dataclasses.replace(read_config(dir), **changes)
     where = find_tensors(dir)       # {name: (file, dtype, shape)}
-    first_mtp = config.num_hidden_layers
-    if not any(name.startswith(f"model.layers.{first_mtp + k}.") for name in where
-               for k in range(config.num_nextn_predict_layers)):
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    if config.num_hidden_layers > len(where) or 3 * config.n_routed_experts > len(where) and (
-            config.num_hidden_layers > config.first_k_dense_replace):
-        raise ValueError(f"{dir} holds {len(where)} tensors, too few for the {config.num_hidden_layers} layers and "
+    layers, depth = config.num_hidden_layers, config.num_nextn_predict_layers
+    if layers + depth <= len(where):
+        there = {".".join(name.split(".")[:3]) for name in where}
+        if not any(f"model.layers.{layers + k}" in there for k in range(depth)):
+            config, depth = dataclasses.replace(config, num_nextn_predict_layers=0), 0
+    has_moe = depth or layers > config.first_k_dense_replace
+    if layers + depth > len(where) or 3 * config.n_routed_experts > len(where) and has_moe:
+        raise ValueError(f"{dir} holds {len(where)} tensors, too few for the {layers} layers, {depth} MTP modules and "
                          f"{config.n_routed_experts} experts of its config.json")
-    with torch.device("meta"):
-        model = cls(config)
+    model = on_meta(cls, config, dir)
     expected, copies = released_tensors(model)
 
     # Account for every tensor before any memory is spent
@@ -91,6 +314,15 @@ def load(cls, dir, dtype=None, device=None, **changes):
                 tensor = weight_dequant(tensor, read_tensor(where[scale][0], scale))
             target.copy_(tensor)
     return model.eval()
+
+
+def on_meta(cls, config, origin):
+    """The model without memory for its weights. ValueError if they are more than numbers can count."""
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"{origin} has a config of an impossible size ({' '.join(str(e).split())[:100]})") from None
 
 
 def is_quantized(name):

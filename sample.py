@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import read_json
+from checkpoint import load_checkpoint, load_run, load_shards, read_json
 from data.tokenizer import encoding_from_json, get_tokenizer, separator
 from model import DeepSeekV3, DeepSeekV3Config
-from train import load_checkpoint
 
 
 def load(path, device):
@@ -33,13 +32,23 @@ def load(path, device):
         return load_released(path, device)
     if not path.exists():
         raise ValueError(f"--ckpt {path} does not exist; train a model first with: python train.py --out_dir {path}")
-    ckpt = load_checkpoint(path / "ckpt.pt" if path.is_dir() else path)
-    with torch.device("meta"):
+    if path.is_dir() and not (path / "run.pt").is_file():
+        ckpt, used = load_run(path)
+        if ".prev" in used.name:
+            print(f"the last checkpoint of {path} is damaged or missing: using {used}", file=sys.stderr)
+    else:
+        ckpt = load_checkpoint(path)
+    with torch.device("cpu" if "shards" in ckpt else "meta"):
         model = DeepSeekV3(DeepSeekV3Config(**ckpt["config"]))
-    model.load_state_dict(ckpt["model"], assign=True)
+    if "shards" in ckpt:
+        load_shards(ckpt["shards"], model)
+    else:
+        model.load_state_dict(ckpt["model"], assign=True)
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    enc = encoding_from_json(ckpt["encoding"])
-    return model.eval(), enc, None, {separator(enc)}, max(ckpt["train_config"]["block_size"], 2)
+    enc, block_size = encoding_from_json(ckpt["encoding"]), ckpt["train_config"].get("block_size")
+    if type(block_size) is not int:
+        raise ValueError(f"{path} has the block_size {block_size!r}, which is no number")
+    return model.eval(), enc, None, {separator(enc)}, max(block_size, 2)
 
 
 def load_released(path, device):

@@ -1,11 +1,12 @@
 """
-Train a DeepSeek-V3 on one device.
+Train a DeepSeek-V3 on one device, or by torchrun on many.
 
     python train.py                                   # 1M active parameters on the Python standard library's source
     python train.py --preset small --data_dir data/fineweb
     python train.py --init_from DIR --data_dir data/mine    # fine-tune a released checkpoint
     python train.py --resume                          # go on where out/ckpt.pt stopped
     python train.py --preset tiny --n_routed_experts 32 --num_nextn_predict_layers 2    # any field of the model's config
+    torchrun --nproc_per_node 8 train.py --preset small         # --batch_size is each GPU's; --fsdp: for larger models
 
 Writes OUT_DIR/ckpt.pt (the last checkpoint, with all that sample.py and --resume need) and OUT_DIR/log.jsonl.
 """
@@ -27,11 +28,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import read_config
+from checkpoint import (crc32, load_run, load_shards, read_config, save_run, save_shards, set_aside, sole_process,
+                        write_atomically, writing)
 from data.prepare import prepare
 from data.tokenizer import encoding_from_json, encoding_to_json, get_tokenizer, token_lengths
-from model import DeepSeekV3, DeepSeekV3Config
+from model import MTP, DeepSeekV3, DeepSeekV3Config, Gate
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -51,11 +55,15 @@ class TrainConfig:
                                   "taken; a --block_size beyond its context extends it with YaRN")
     device: str = option("auto", "cuda, mps or cpu; auto: the first of these that is there")
     dtype: str = option("auto", "of the computation, float32 or bfloat16; auto: bfloat16 on a GPU that has it")
-    fp8: bool = option(False, "multiply in FP8 as the report does (fp8.py): Triton kernels from sm_89 on, emulated elsewhere")
+    fp8: bool = option(False, "multiply in FP8 as the report does (fp8.py): Triton kernels from sm_89 on, elsewhere "
+                              "emulated")
     compile: bool = option(None, "torch.compile the model; default: on a GPU")
+    fsdp: bool = option(False, "torchrun: shard weights, gradients and optimizer over the ranks, for models that one card "
+                               "can't hold")
+    deterministic: bool = option(False, "the same bits from run to run, on a GPU too, for some speed")
     seed: int = option(1337, "of the initial weights and of the order of the data")
     max_iters: int = option(None, "optimizer steps")
-    batch_size: int = option(None, "sequences of a micro-batch")
+    batch_size: int = option(None, "sequences of a micro-batch, on each rank of torchrun")
     block_size: int = option(None, "tokens of a sequence")
     gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step")
     optimizer: str = option("adamw", "adamw, or muon for the hidden matrices with adamw for the rest (tiny: muon)")
@@ -76,6 +84,11 @@ RECIPES = {
     "671b": dict(learning_rate=2.2e-4, max_iters=235000, batch_size=8, block_size=4096, eval_interval=1000),
 }
 FINETUNE = dict(learning_rate=1e-5, max_iters=200, batch_size=4, block_size=1024, eval_interval=100)   # not tuned
+
+
+def ranks():
+    """-> the number of this process and how many there are, as torchrun tells them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def parse_args(argv):
@@ -105,19 +118,33 @@ def configure(given):
     train_fields = {f.name for f in dataclasses.fields(TrainConfig)}
     train_flags = {k: v for k, v in given.items() if k in train_fields}
     model_flags = {k: v for k, v in given.items() if k not in train_fields}
-    path = Path(given.get("out_dir", TrainConfig.out_dir), "ckpt.pt")
+    out_dir, ckpt = Path(given.get("out_dir", TrainConfig.out_dir)), None
     if given.get("resume"):
-        ckpt = load_checkpoint(path)
+        ckpt, path = load_run(out_dir)
         for key, value in {**model_flags, **{k: v for k, v in train_flags.items() if k in FIXED_ON_RESUME}}.items():
-            saved = {**ckpt["config"], **ckpt["train_config"]}[key]
+            saved = (ckpt["config"] | ckpt["train_config"]).get(key)
             if value != saved:
                 raise ValueError(f"--{key} {value} contradicts {path}, which was trained with {key}={saved}; leave "
                                  "the flag out, or start a new run in another --out_dir")
-        cfg = TrainConfig(**{**ckpt["train_config"], **train_flags})
-        return cfg, DeepSeekV3Config(**ckpt["config"]), ckpt
-    if path.exists():
-        raise ValueError(f"{path} holds an earlier run; go on with it by --resume, or start anew in another --out_dir")
-    if "init_from" in given:
+        try:
+            cfg, config = TrainConfig(**{**ckpt["train_config"], **train_flags}), DeepSeekV3Config(**ckpt["config"])
+        except TypeError as e:
+            raise ValueError(f"{path} is of another version of train.py ({e}); go on with that one") from None
+        for f in dataclasses.fields(cfg):
+            if type(value := getattr(cfg, f.name)) is not f.type and (value is not None or f.name not in ("init_from", "compile")):
+                raise ValueError(f"{path} has {f.name}={value!r}, which is not of type {f.type.__name__}")
+        per_step = ranks()[1] * cfg.batch_size * cfg.gradient_accumulation_steps
+        if per_step != ckpt["sequences_per_step"]:
+            raise ValueError(f"--batch_size {cfg.batch_size} contradicts {path}: with {ranks()[1]} ranks and "
+                             f"--gradient_accumulation_steps {cfg.gradient_accumulation_steps} it makes {per_step} sequences "
+                             f"per step, and the run has {ckpt['sequences_per_step']}")
+        if ".prev" in path.name:
+            set_aside(path, ckpt)
+        model_flags = {}
+    elif earlier := [p for p in map(out_dir.joinpath, ("ckpt.pt", "ckpt.prev.pt", "ckpt", "ckpt.prev")) if p.exists()]:
+        raise ValueError(f"{earlier[0]} holds an earlier run; go on with it by --resume, or start anew in another "
+                         "--out_dir")
+    elif "init_from" in given:
         if "preset" in given:
             raise ValueError("--preset and --init_from contradict each other: the folder has its own config.json")
         config = read_config(Path(given["init_from"]))
@@ -142,11 +169,17 @@ def configure(given):
         raise ValueError(f"--learning_rate must be a finite number over 0, got {cfg.learning_rate}")
     if cfg.optimizer not in ("adamw", "muon"):
         raise ValueError(f"--optimizer {cfg.optimizer!r} is unknown; choose adamw or muon")
+    if cfg.fsdp and cfg.optimizer == "muon":
+        raise ValueError("--fsdp needs --optimizer adamw: Muon orthogonalizes whole matrices, and no rank holds one")
+    if cfg.fsdp and cfg.bf16_moments:
+        raise ValueError("--bf16_moments can't be given with --fsdp, which divides the fp32 ones among the ranks")
+    if cfg.fsdp and "RANK" not in os.environ:
+        raise ValueError("--fsdp shards over the ranks of torchrun; start it with: torchrun --nproc_per_node N train.py")
     if cfg.block_size > config.max_position_embeddings:
         raise ValueError(f"--block_size {cfg.block_size} is more than max_position_embeddings="
                          f"{config.max_position_embeddings}; lower it, raise --max_position_embeddings, or extend a "
                          "trained model with YaRN (--rope_scaling)")
-    return cfg, config, None
+    return cfg, config, ckpt
 
 
 def extend_context(config, length):
@@ -161,9 +194,9 @@ def extend_context(config, length):
 # the fields of a config that weights can do without
 FREE_OF_WEIGHTS = ("max_position_embeddings", "rope_scaling", "bias_update_speed", "balance_loss_alpha",
                    "mtp_loss_weight")
+GIVE_UP_AFTER = 10      # steps in a row whose loss or gradient is not finite
 # what --resume can't change: the order of the data and the optimizer's state depend on these
-FIXED_ON_RESUME = ("preset", "init_from", "fp8", "seed", "batch_size", "block_size", "gradient_accumulation_steps",
-                   "optimizer", "bf16_moments")
+FIXED_ON_RESUME = ("preset", "init_from", "fp8", "seed", "block_size", "optimizer", "bf16_moments", "fsdp")
 
 
 def pick_device(cfg):
@@ -172,13 +205,15 @@ def pick_device(cfg):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name)
         torch.zeros(1, device=device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name} can't be used here: {str(e).splitlines()[0]}") from None
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
-    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and name == "cuda" and torch.cuda.is_bf16_supported(False)
+    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     return device, torch.bfloat16 if bf16 else torch.float32
 
 
@@ -253,7 +288,7 @@ def open_data(cfg, config, vocab_size_given):
     """-> meta.json's dict, encoding.json's text and the train Tokens. Prepares the data first where there are none, and
     sizes config.vocab_size to them unless it was given."""
     data_dir = Path(cfg.data_dir)
-    if not data_dir.exists() or data_dir.is_dir() and not any(data_dir.iterdir()):
+    if ranks()[0] == 0 and (not data_dir.exists() or data_dir.is_dir() and not any(data_dir.iterdir())):
         source = data_dir.name if data_dir.name in ("shakespeare", "fineweb") else "stdlib"
         print(f"{data_dir} has no data yet: preparing {source}")
         prepare(data_dir, source=source)
@@ -264,6 +299,11 @@ def open_data(cfg, config, vocab_size_given):
         if not (data_dir / name).stat().st_size:
             raise ValueError(f"{data_dir / name} is empty; delete the folder and prepare the data again")
     meta = read_meta(data_dir / "meta.json")
+    for name in ("train.bin", "val.bin"):       # all of it: nothing less notices a flipped bit
+        found = crc32(data_dir / name)
+        if meta.setdefault(name + "_crc32", found) != found:    # data of other making may have none
+            raise ValueError(f"{data_dir / name} is not what was prepared: damaged, cut off or changed since; delete "
+                             "the folder and prepare the data again")
     encoding = (data_dir / "encoding.json").read_text(encoding="utf-8")
     if not vocab_size_given:
         config.vocab_size = -(-meta["vocab_size"] // 64) * 64       # a multiple of 64: tensor cores like it
@@ -397,6 +437,49 @@ class BF16AdamW(torch.optim.Optimizer):
                 p.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1 ** state["step"]))
 
 
+def load_released(dir, config, device):
+    """The model of a released checkpoint in fp32, with config's choice of what weights can do without."""
+    changes = {name: getattr(config, name) for name in FREE_OF_WEIGHTS}
+    return DeepSeekV3.from_pretrained(dir, torch.float32, device, **changes).train()
+
+
+def sharded_model(config, device, dtype, init_from=None):
+    """FSDP2: each rank keeps its share of every weight; a block's are gathered when it computes, in the computation's
+    dtype, and dropped again; gradients are summed in fp32. No device ever holds more than one whole weight and block;
+    of a released checkpoint, rank 0 holds all on the CPU for a while."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict       # slow
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import distribute_tensor
+    released = load_released(init_from, config, "cpu") if init_from and dist.get_rank() == 0 else None
+    configs = [released.config if released else config]
+    dist.broadcast_object_list(configs)
+    with torch.device("meta"):
+        model = DeepSeekV3(configs[0])
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.model.layers:
+        for module in [m for m in block.modules() if isinstance(m, Gate)]:
+            fully_shard(module, mesh=mesh)                      # the router computes in fp32
+        if isinstance(block, MTP):
+            fully_shard(block.shared_head.norm, mesh=mesh)      # is called after the block, which has dropped its weights
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)       # embedding, final norm, head: in fp32, for the residual stream
+    model.to_empty(device=device)
+    if init_from:
+        set_model_state_dict(model, released.state_dict() if released else {},
+                             options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+        return model
+    with torch.no_grad():
+        for p in model.parameters():    # as in DeepSeekV3.__init__, whole, so that it doesn't depend on the number of ranks
+            whole = torch.ones(p.shape, device=device)
+            whole = whole.normal_(std=config.initializer_range) if p.dim() > 1 else whole
+            p.copy_(distribute_tensor(whole, mesh, p.placements, src_data_rank=None))
+        for router_bias in model.buffers():
+            router_bias.zero_()
+    return model
+
+
 def make_optimizers(model, cfg, device):
     """AdamW as in §4.2, or Muon for the hidden matrices, its update scaled to AdamW's size so that they share a rate."""
     groups = model.param_groups(weight_decay=0.1)
@@ -423,91 +506,85 @@ def peak_flops(device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-def write_atomically(path, write):
-    """write(file) into a temporary file beside path, then rename: a reader finds the old file or the new, never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_checkpoint(path):
-    """-> what save_checkpoint wrote, on the CPU. No pickled code is executed. ValueError if it can't be used."""
-    if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}; start a run without --resume first")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:      # torch.load raises whatever the damaged bytes lead to
-        reason = " ".join(str(e).split())[:100] or type(e).__name__
-        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}); restore it from a copy, or start a new run "
-                         "in another --out_dir") from None
-    if not isinstance(ckpt, dict) or not {"model", "config", "train_config", "encoding"} <= ckpt.keys():
-        raise ValueError(f"{path} is not a checkpoint of train.py; start a new run in another --out_dir")
-    return ckpt
-
+# A run
 
 def main(argv=None):
-    given = parse_args(argv)
+    given, (rank, world) = parse_args(argv), ranks()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")      # one speaks for all
     try:
-        cfg, config, ckpt = configure(given)
-        device, dtype = pick_device(cfg)
-        meta, encoding, data = open_data(cfg, config, ckpt is not None or "vocab_size" in given or bool(cfg.init_from))
-        if cfg.init_from and not ckpt and encoding != encoding_to_json(get_tokenizer(cfg.init_from)):
-            raise ValueError(f"the data in {cfg.data_dir} were not prepared with the tokenizer of {cfg.init_from}; "
-                             f"prepare them with: python data/prepare.py --tokenizer {cfg.init_from} --out_dir DIR")
-        if ckpt and ckpt["meta"] != meta:
-            raise ValueError(f"the data in {cfg.data_dir} are not those that {cfg.out_dir}/ckpt.pt was trained on; "
-                             "restore them, or start a new run in another --out_dir")
-        validation = Validation(Path(cfg.data_dir, "val.bin"), meta, encoding, cfg.block_size)
-        out_dir = Path(cfg.out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
+        if "RANK" in os.environ:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        with sole_process(Path(given.get("out_dir", TrainConfig.out_dir))) if rank == 0 else contextlib.nullcontext():
+            run(given, rank, world)
     except (ValueError, OSError, ImportError) as e:
         raise SystemExit(f"train.py: {e}") from None
+    except RuntimeError as e:
+        if "gloo" not in str(e) and not isinstance(e, dist.DistError):
+            raise
+        raise SystemExit(f"train.py: rank {rank} lost touch with another rank, whose own words say why") from None
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run(given, rank, world):
+    if rank > 0:        # rank 0 goes first: it prepares the data, and says what is wrong
+        dist.broadcast(torch.zeros(1), 0)
+    cfg, config, ckpt = configure(given)
+    device, dtype = pick_device(cfg)
+    meta, encoding, data = open_data(cfg, config, ckpt is not None or "vocab_size" in given or bool(cfg.init_from))
+    if cfg.init_from and not ckpt and encoding != encoding_to_json(get_tokenizer(cfg.init_from)):
+        raise ValueError(f"the data in {cfg.data_dir} were not prepared with the tokenizer of {cfg.init_from}; "
+                         f"prepare them with: python data/prepare.py --tokenizer {cfg.init_from} --out_dir DIR")
+    out_dir = Path(cfg.out_dir)
+    if ckpt and not ckpt["meta"].items() <= meta.items():
+        raise ValueError(f"the data in {cfg.data_dir} are not those that {out_dir} was trained on; restore them, or "
+                         "start a new run in another --out_dir")
+    validation = Validation(Path(cfg.data_dir, "val.bin"), meta, encoding, cfg.block_size)
+    if rank == 0 and world > 1:
+        dist.broadcast(torch.zeros(1), 0)
 
     # Model, optimizers, and where to go on
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")      # TF32 for what stays in fp32 on a GPU
-    if cfg.init_from and not ckpt:
-        try:
-            raw_model = DeepSeekV3.from_pretrained(cfg.init_from, torch.float32, device, **{
-                name: getattr(config, name) for name in FREE_OF_WEIGHTS}).train()
-        except (ValueError, OSError, ImportError) as e:
-            raise SystemExit(f"train.py: {e}") from None
-        config = raw_model.config
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it cuBLAS may differ from run to run
+    torch.use_deterministic_algorithms(cfg.deterministic)
+    if cfg.fsdp:
+        raw_model = sharded_model(config, device, dtype, None if ckpt else cfg.init_from)
+    elif cfg.init_from and not ckpt:
+        raw_model = load_released(cfg.init_from, config, device)
     else:
         with torch.device(device):
             raw_model = DeepSeekV3(config)
+    config = raw_model.config       # a released model may come without its MTP modules
     if cfg.fp8:
         from fp8 import convert_to_fp8      # and with it Triton, if it is there
-        try:
-            convert_to_fp8(raw_model)
-        except ValueError as e:
-            raise SystemExit(f"train.py: {e}") from None
+        convert_to_fp8(raw_model)
     optimizers = make_optimizers(raw_model, cfg, device)
-    step, samples, log = 0, 0, []
+    step, samples, skipped, log = 0, 0, 0, []
     if ckpt:
-        raw_model.load_state_dict(ckpt["model"])
-        for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        step, samples = ckpt["step"], ckpt["samples"]
+        if cfg.fsdp:
+            load_shards(ckpt["shards"], raw_model, *optimizers)
+        else:
+            raw_model.load_state_dict(ckpt["model"])
+            for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        step, samples, skipped = ckpt["step"], ckpt["samples"], ckpt["skipped"]
         torch.set_rng_state(ckpt["rng_state"])
         if (out_dir / "log.jsonl").is_file():       # what came after the checkpoint happens anew
             lines = (out_dir / "log.jsonl").read_text().splitlines()
             log = [line for line in lines if line.endswith("}") and json.loads(line)["iter"] <= step]
-    write_atomically(out_dir / "log.jsonl", lambda f: f.write("".join(line + "\n" for line in log).encode()))
-    use_compile = device.type == "cuda" if cfg.compile is None else cfg.compile
+    if rank == 0:
+        write_atomically(out_dir / "log.jsonl", lambda f: f.write("".join(line + "\n" for line in log).encode()))
+    use_compile = device.type == "cuda" and not cfg.fsdp if cfg.compile is None else cfg.compile
     model = torch.compile(raw_model) if use_compile else raw_model
+    if world > 1 and not cfg.fsdp:      # averages the gradients; the only buffers are router biases, equal on all ranks
+        model = DistributedDataParallel(model, forward_sync_buffers=False)
 
     def autocast():
         return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
@@ -516,92 +593,128 @@ def main(argv=None):
         return (x == meta["separator"]).cumsum(1) if cfg.mask_documents else None
 
     def save_checkpoint():
-        state = {"model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                 "config": dataclasses.asdict(config), "train_config": {**dataclasses.asdict(cfg), "resume": False},
-                 "step": step, "samples": samples, "rng_state": torch.get_rng_state(), "meta": meta,
-                 "encoding": encoding}
-        write_atomically(out_dir / "ckpt.pt", lambda f: torch.save(state, f))
+        state = {"config": dataclasses.asdict(config), "train_config": {**dataclasses.asdict(cfg), "resume": False},
+                 "step": step, "samples": samples, "skipped": skipped, "rng_state": torch.get_rng_state(), "meta": meta,
+                 "encoding": encoding, "sequences_per_step": sequences_per_step}
+        if cfg.fsdp:
+            save_shards(out_dir, state, raw_model, *optimizers)
+        elif rank == 0:
+            save_run(out_dir, {**state, "model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
 
-    tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
+    saved = out_dir / ("ckpt" if cfg.fsdp else "ckpt.pt")
+    sequences_per_step = world * cfg.batch_size * cfg.gradient_accumulation_steps
+    tokens_per_step = sequences_per_step * cfg.block_size
     flops_per_token, peak = raw_model.flops_per_token(cfg.block_size), peak_flops(device)
+    peak = peak and peak * world
     print(f"{cfg.init_from or cfg.preset}: {raw_model.num_params():,} parameters, "
           f"{raw_model.num_params(active=True):,} active per token; {len(data.tokens):,} tokens of {cfg.data_dir}; "
-          f"{cfg.max_iters} steps of {tokens_per_step:,} tokens on {device.type} in {str(dtype).removeprefix('torch.')}")
+          f"{cfg.max_iters} steps of {tokens_per_step:,} tokens on {f'{world} x ' * (world > 1)}{device.type} in "
+          f"{str(dtype).removeprefix('torch.')}")
     if step:
-        print(f"resumed from {out_dir}/ckpt.pt at step {step}")
+        print(f"resumed {out_dir} at step {step}")
 
-    # Ctrl-C or SIGTERM: finish the step, save, and go; a second one ends the process at once
-    interrupted = False
+    # Ctrl-C or SIGTERM: finish the step, save, and go; a second one ends the process at once, but not under torchrun,
+    # which passes on what the terminal has sent already
+    interrupted = stop = False
 
     def on_signal(number, frame):
         nonlocal interrupted
         interrupted = True
-        signal.signal(number, signal.SIG_DFL)
+        if world == 1:
+            signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     # The training loop
-    timer, timed_steps = time.monotonic(), 0
-    while step < cfg.max_iters and not interrupted:
+    timer, timed_steps, skipped_in_a_row = time.monotonic(), 0, 0
+    while step < cfg.max_iters and not stop:
         lr, gamma, lam = schedule((step + 1) / cfg.max_iters)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = cfg.learning_rate * lr
         load = 0
-        losses = torch.zeros(4, device=device)      # loss, main, mtp, balance, summed over the micro-batches
-        for _ in range(cfg.gradient_accumulation_steps):
-            x, y = data.batch(samples, cfg.batch_size)
+        losses = torch.zeros(5, device=device)      # loss, main, mtp, balance: sums over micro-batches; interrupted
+        for micro_step in range(cfg.gradient_accumulation_steps):
+            x, y = data.batch(samples + rank * cfg.batch_size, cfg.batch_size)
             if device.type == "cuda":
                 x, y = x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
             else:
                 x, y = x.to(device), y.to(device)
+            # DDP, as nanoGPT has it: gradients are averaged over the ranks with the last micro-batch only
+            model.require_backward_grad_sync = micro_step == cfg.gradient_accumulation_steps - 1
             with autocast():
                 _, loss, aux = model(x, y, doc_ids=doc_ids(x), mtp_loss_weight=config.mtp_loss_weight * lam)
             (loss / cfg.gradient_accumulation_steps).backward()
-            losses += torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]])
+            losses[:4] += torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]])
             load = load + aux["load"]
-            samples += cfg.batch_size
+            samples += world * cfg.batch_size
+        losses[4] = interrupted
+        if world > 1:       # one sum for all, so that all decide alike what follows
+            dist.all_reduce(losses)
+            dist.all_reduce(load)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        if cfg.fsdp:
+            grad_norm = grad_norm.full_tensor()
+        # One NaN or infinity would spread to every weight: such a step changes nothing. To know in time, the CPU waits
+        # for the GPU here, which costs the few microseconds that it could have queued kernels ahead
+        finite, stop = torch.stack([torch.isfinite(losses.sum() + grad_norm), losses[4] > 0]).tolist()
+        if finite:
+            for optimizer in optimizers:
+                optimizer.step()
+            raw_model.update_router_bias(load, speed=config.bias_update_speed * gamma)
+            skipped_in_a_row = 0
+        else:
+            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+            print(f"step {step + 1}/{cfg.max_iters} skipped: its loss or gradient is not finite", flush=True)
         raw_model.zero_grad(set_to_none=True)
-        raw_model.update_router_bias(load, speed=config.bias_update_speed * gamma)
         step += 1
         timed_steps += 1
+        if skipped_in_a_row == GIVE_UP_AFTER:
+            save_checkpoint()
+            first = samples - sequences_per_step
+            raise ValueError(f"loss or gradient were not finite {GIVE_UP_AFTER} times in a row, up to step {step} "
+                             f"(samples {first} to {samples - 1}); {saved} holds the last good weights: look "
+                             "at the data, or --resume with a lower --learning_rate")
 
-        # Logging; .item() is where a GPU is waited for
+        # Logging
         evaluate = step % cfg.eval_interval == 0 or step == cfg.max_iters
         if step % cfg.log_interval == 0 or step == 1 or evaluate:
-            loss, main_loss, mtp_loss, balance_loss = (losses / cfg.gradient_accumulation_steps).tolist()
+            loss, main_loss, mtp_loss, balance_loss = (losses[:4] / cfg.gradient_accumulation_steps / world).tolist()
             seconds = (time.monotonic() - timer) / timed_steps
             vio = load.float().amax(1) / load.float().mean(1) - 1      # MaxVio of each layer (arXiv 2408.15664)
             entry = {"iter": step, "loss": loss, "main_loss": main_loss, "mtp_loss": mtp_loss,
                      "balance_loss": balance_loss, "lr": cfg.learning_rate * lr, "grad_norm": grad_norm.item(),
                      "tokens_per_s": tokens_per_step / seconds,
                      "mfu": flops_per_token * tokens_per_step / seconds / peak if peak else None,
-                     "max_vio": vio.mean().item() if len(vio) else 0.0}
+                     "max_vio": vio.mean().item() if len(vio) else 0.0, "dead_experts": int((load == 0).sum()),
+                     "skipped": skipped}
             left = int(seconds * (cfg.max_iters - step))
             mfu = f"{entry['mfu']:.1%}" if peak else "n/a"
+            dead = f" dead {entry['dead_experts']}" if entry["dead_experts"] else ""    # experts without a token in the step
             print(f"step {step}/{cfg.max_iters} | loss {loss:.3f} main {main_loss:.3f} mtp {mtp_loss:.3f} | "
-                  f"norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | maxvio {entry['max_vio']:.2f} | "
+                  f"norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | maxvio {entry['max_vio']:.2f}{dead} | "
                   f"{entry['tokens_per_s']:,.0f} tok/s | mfu {mfu} | "
                   f"{left // 60}:{left % 60:02d} left", flush=True)
             if evaluate:
                 entry |= validation.evaluate(model, cfg.batch_size, device, autocast, doc_ids)
             entry["elapsed_s"] = time.monotonic() - START
-            with open(out_dir / "log.jsonl", "a") as f:
-                f.write(json.dumps(entry) + "\n")
+            if rank == 0:
+                with writing(out_dir / "log.jsonl"), open(out_dir / "log.jsonl", "a") as f:
+                    f.write(json.dumps({k: v if v is None or math.isfinite(v) else None for k, v in entry.items()}) + "\n")
             if evaluate:
                 save_checkpoint()
                 print(f"step {step}/{cfg.max_iters} | val loss {entry['val_loss']:.4f} nats/token, "
-                      f"{entry['val_bpb']:.4f} bits/byte | saved {out_dir}/ckpt.pt", flush=True)
+                      f"{entry['val_bpb']:.4f} bits/byte | saved {saved}", flush=True)
             timer, timed_steps = time.monotonic(), 0
 
+    if stopped := stop and step < cfg.max_iters:
+        save_checkpoint()
+    if world > 1:       # torchrun ends all ranks when one has ended
+        dist.barrier()
     for number, handler in before.items():
         signal.signal(number, handler)
-    if interrupted and step < cfg.max_iters:
-        save_checkpoint()
-        print(f"interrupted at step {step}; saved {out_dir}/ckpt.pt. Go on with: python train.py --resume --out_dir "
+    if stopped:
+        print(f"interrupted at step {step}; saved {saved}. Go on with: python train.py --resume --out_dir "
               f"{out_dir}")
         sys.exit(130)
     print(f"done. Sample with: python sample.py --ckpt {out_dir}")

@@ -21,6 +21,7 @@ import sys
 import sysconfig
 import tempfile
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,8 @@ def fineweb():
 
 def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes") -> dict:
     """Tokenises a source (or the file or folder `input`) into out_dir. Returns the contents of meta.json: dtype,
-    vocab_size, tokenizer, separator (an id), bytes_per_token, source, documents, {train,val}_tokens, {train,val}_bytes.
+    vocab_size, tokenizer, separator (an id), bytes_per_token, source, documents, {train,val}_tokens, {train,val}_bytes,
+    {train,val}.bin_crc32 (of the whole file: train.py checks it).
 
     All or nothing: when it raises (ValueError for bad input, OSError, ImportError, KeyboardInterrupt), an earlier
     dataset in out_dir is untouched and nothing is left beside it. Memory: one document with its tokens at a time.
@@ -156,6 +158,7 @@ def write_tokens(docs, enc: tiktoken.Encoding, dtype: str, where: Path) -> dict:
         total = sum(sizes)
         cut = total * 9 // 10
         raw.seek(0)
+        crcs = {train: 0, val: 0}
 
         def append(file, text: bytes, fresh: bool) -> int:
             if is_bytes:
@@ -164,8 +167,9 @@ def write_tokens(docs, enc: tiktoken.Encoding, dtype: str, where: Path) -> dict:
                 ids = np.array(encode(enc, text.decode()), dtype)
                 if lengths[ids].sum() != len(text):
                     raise ValueError(f"tokenizer {enc.name} loses text: its pattern does not match all of it")
-            file.write(sep.tobytes() * fresh)
-            file.write(ids)
+            for part in (sep.tobytes() * fresh, ids.tobytes()):
+                file.write(part)
+                crcs[file] = zlib.crc32(part, crcs[file])
             return len(ids)
 
         start = train_bytes = tokens = 0
@@ -184,8 +188,8 @@ def write_tokens(docs, enc: tiktoken.Encoding, dtype: str, where: Path) -> dict:
             raise ValueError(f"too little text to split into train and val: {total} bytes")
         sync(train), sync(val)
         return {"documents": len(sizes), "bytes_per_token": total / tokens, "train_bytes": train_bytes,
-                "val_bytes": total - train_bytes} | {f"{k}_tokens": f.tell() // sep.itemsize
-                                                     for k, f in (("train", train), ("val", val))}
+                "val_bytes": total - train_bytes, "train_tokens": train.tell() // sep.itemsize,
+                "val_tokens": val.tell() // sep.itemsize, "train.bin_crc32": crcs[train], "val.bin_crc32": crcs[val]}
 
 
 def sync(file) -> None:

@@ -13,6 +13,7 @@ import torch
 
 import sample
 import train
+from checkpoint import load_checkpoint
 from data.prepare import prepare
 from data.tokenizer import (BYTES, DEEPSEEK_EOS, KIMI_PATTERN, build, encode, encoding_to_tokenizer_json, get_tokenizer,
                             tokenizer_files)
@@ -580,7 +581,7 @@ def test_fine_tuning(exported, tmp_path, capsys, monkeypatch):
     train.main([*args, "256", "--mtp_loss_weight", "0.1"])
     assert "context extended from 128 to 256 tokens" in capsys.readouterr().out
     losses = [json.loads(line)["main_loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    ckpt = train.load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    ckpt = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert ckpt["config"]["rope_scaling"]["factor"] == 2 and ckpt["config"]["mtp_loss_weight"] == 0.1
     before, after = model.state_dict(), ckpt["model"]
     assert all((before[n] - after[n]).abs().max() < 2e-3 for n in before) and losses

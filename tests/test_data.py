@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,8 @@ def test_folder_layout_token_for_token(tmp_path):
     assert read(tmp_path / "out", "val") == [*b"ij"]  # goes on: no separator
     assert meta == json.loads((tmp_path / "out/meta.json").read_text()) == {
         "dtype": "uint16", "vocab_size": 257, "tokenizer": "bytes", "separator": SEP, "source": "in", "documents": 3,
-        "bytes_per_token": 1.0, "train_bytes": 18, "val_bytes": 2, "train_tokens": 21, "val_tokens": 2}
+        "bytes_per_token": 1.0, "train_bytes": 18, "val_bytes": 2, "train_tokens": 21, "val_tokens": 2,
+        **{f"{name}_crc32": zlib.crc32((tmp_path / "out" / name).read_bytes()) for name in ("train.bin", "val.bin")}}
     assert sorted(os.listdir(tmp_path / "out")) == ["encoding.json", "meta.json", "train.bin", "val.bin"]
 
 

@@ -18,6 +18,7 @@ import torch
 
 import sample
 import train
+from checkpoint import load_checkpoint, write_atomically
 from data.prepare import prepare
 from model import DeepSeekV3, DeepSeekV3Config
 
@@ -84,7 +85,7 @@ def test_trains_logs_and_samples(data_dir, tmp_path):
     assert last["val_bpb"] == pytest.approx(last["val_loss"] / math.log(2), rel=0.05)       # bytes, but for separators
     assert last["loss"] == pytest.approx(last["main_loss"] + 0.1 * last["mtp_loss"] + 1e-4 * last["balance_loss"])
     assert entries[-1]["elapsed_s"] > entries[0]["elapsed_s"] > 0
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"ckpt.pt", "log.jsonl"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"ckpt.pt", "ckpt.prev.pt", "log.jsonl", "lock"}
 
     for ckpt in (tmp_path / "out", tmp_path / "out" / "ckpt.pt"):
         done = ok(None, None, "--ckpt", ckpt, "--prompt", "line 3", "--max_new_tokens", 40, "--temperature", 0.5,
@@ -318,6 +319,9 @@ def damage(data_dir, folder, name, content):
         (folder / name).unlink()
     else:
         (folder / name).write_bytes(content)
+    if name.endswith(".bin"):       # as data of other making, which have no checksums
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if "crc32" not in k}))
     return folder
 
 
@@ -354,7 +358,7 @@ def test_a_failed_write_keeps_the_checkpoint(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError):
-        train.write_atomically(path, full_disk)
+        write_atomically(path, full_disk)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -364,7 +368,7 @@ def test_any_damage_to_a_checkpoint_ends_in_one_sentence(data_dir, tmp_path):
     for damaged in b"", whole[:1], whole[:100], whole[:len(whole) // 2], whole[:-1], b"\0" * 1000, whole[1:]:
         (tmp_path / "ckpt.pt").write_bytes(damaged)
         with pytest.raises(ValueError, match="is damaged or not a checkpoint") as e:
-            train.load_checkpoint(tmp_path / "ckpt.pt")
+            load_checkpoint(tmp_path / "ckpt.pt")
         assert "\n" not in str(e.value)
 
 
@@ -375,7 +379,7 @@ def test_a_pickle_is_not_executed(tmp_path):
 
     torch.save({"model": Evil()}, tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match="damaged or not a checkpoint"):
-        train.load_checkpoint(tmp_path / "ckpt.pt")
+        load_checkpoint(tmp_path / "ckpt.pt")
     assert not (tmp_path / "executed").exists()
 
 
@@ -416,3 +420,66 @@ def test_sample_s_bad_input_ends_in_one_sentence(data_dir, tmp_path_factory, fla
         sample.main([flag.format(**names) for flag in flags])
     said = capsys.readouterr().err if e.value.code == 2 else str(e.value.code)
     assert words in said and "\n" not in said.removeprefix("usage").split("error:")[-1].strip()
+
+
+def poison(monkeypatch, bad, where="loss"):
+    """The training loss, or one weight's gradient, is not finite in the forward passes of these numbers."""
+    forward, calls = DeepSeekV3.forward, [0]
+
+    def poisoned(self, *args, **kwargs):
+        logits, loss, aux = forward(self, *args, **kwargs)
+        calls[0] += self.training
+        if self.training and calls[0] in bad:
+            w = self.lm_head.weight[0, 0]       # the root's value is 0, its slope infinite
+            loss = loss * math.nan if where == "loss" else loss + (w - w.detach()).sqrt()
+        return logits, loss, aux
+
+    monkeypatch.setattr(DeepSeekV3, "forward", poisoned)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(data_dir, tmp_path, monkeypatch, where):
+    poison(monkeypatch, {6}, where)     # the second micro-batch of step 3
+    done = ok(data_dir, tmp_path, "--max_iters", 3, "--eval_interval", 1, "--gradient_accumulation_steps", 2, "--optimizer",
+              "muon", "--bias_update_speed", 0.01)
+    before, after = torch.load(tmp_path / "ckpt.prev.pt", weights_only=True), checkpoint(tmp_path)
+    assert (before["step"], after["step"], before["samples"], after["samples"]) == (2, 3, 16, 24)
+    assert all(torch.equal(before["model"][k], after["model"][k]) for k in after["model"])
+    for a, b in zip(before["optimizers"], after["optimizers"], strict=True):
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(b["state"][i][k])) for i in a["state"]
+                   for k, v in a["state"][i].items())
+    assert [e["skipped"] for e in log(tmp_path)] == [0, 0, 1] and "step 3/3 skipped" in done.stdout
+    last = log(tmp_path)[-1]
+    assert last["grad_norm"] is None and (last["loss"] is None) == (where == "loss")      # NaN is no JSON
+    ok(data_dir, tmp_path, "--max_iters", 4, "--resume")
+    assert log(tmp_path)[-1]["skipped"] == 1 and not torch.equal(checkpoint(tmp_path)["model"]["lm_head.weight"],
+                                                                 after["model"]["lm_head.weight"])
+
+
+def test_a_run_that_stays_not_finite_stops_with_its_last_good_weights(data_dir, tmp_path, monkeypatch):
+    flags = ["--data_dir", str(data_dir), "--out_dir", str(tmp_path / "out"), *SHAPE]
+    poison(monkeypatch, {2, *range(4, 999)})
+    with pytest.raises(SystemExit, match=r"10 times in a row, up to step 13 \(samples 48 to 51\)") as e:
+        train.main([*flags, "--max_iters", "50"])
+    assert "\n" not in str(e.value)
+    saved = checkpoint(tmp_path / "out")
+    assert saved["step"] == 13 and saved["skipped"] == 11 and all(v.isfinite().all() for v in saved["model"].values())
+
+
+def test_dead_experts_are_counted(data_dir, tmp_path):
+    """4 tokens of 2 experts each can't reach 16, and 3 in the MTP module can't either."""
+    done = ok(data_dir, tmp_path, "--max_iters", 1, "--n_routed_experts", 16, "--batch_size", 1, "--block_size", 4)
+    assert 2 * 16 - 8 - 6 <= log(tmp_path)[0]["dead_experts"] < 2 * 16 and " dead " in done.stdout
+    done = ok(data_dir, tmp_path / "b", "--max_iters", 1)
+    assert log(tmp_path / "b")[0]["dead_experts"] == 0 and " dead " not in done.stdout
+
+
+def test_deterministic_runs_are_equal_bit_for_bit(data_dir, tmp_path, monkeypatch):
+    seen, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a: (seen.append(torch.are_deterministic_algorithms_enabled()), step(*a)))
+    for name in "ab":
+        ok(data_dir, tmp_path / name, "--max_iters", 4, "--deterministic", "--optimizer", "muon")
+    assert_equal_runs(tmp_path / "a", tmp_path / "b")
+    assert seen == [True] * 8 and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    ok(data_dir, tmp_path / "c", "--max_iters", 1)
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -1,0 +1,278 @@
+"""Nothing that befalls a run loses it: kills, full disks, damaged files, a second process, swapped data."""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import sample
+import train
+from data.prepare import prepare
+from test_train import SHAPE, assert_equal_runs, command, data_dir, log, ok  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads that share a busy core spend seconds waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def refused(*argv, main=train.main):
+    """The one sentence in which a program ends."""
+    with pytest.raises(SystemExit) as e, contextlib.redirect_stdout(io.StringIO()):
+        main([str(a) for a in argv])
+    said = str(e.value.code)
+    assert "\n" not in said and said.startswith((f"{main.__module__}.py: ")), said
+    return said
+
+
+@pytest.fixture(scope="module")
+def run_dir(data_dir, tmp_path_factory):  # noqa: F811
+    """A run of 4 steps with checkpoints at 2 and 4."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    ok(data_dir, out, "--max_iters", 4, "--eval_interval", 2)
+    return out
+
+
+@pytest.fixture
+def copy(run_dir, tmp_path):
+    """A copy of it that a test may damage."""
+    (tmp_path / "out").mkdir()
+    for path in run_dir.iterdir():
+        (tmp_path / "out" / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "out"
+
+
+def flip(path, at=None, bit=0):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 1 << bit
+    path.write_bytes(content)
+
+
+# --------------------------------------------------------------------------------------------------- damaged checkpoints
+
+def test_torch_load_alone_would_take_a_flipped_bit(copy):
+    flip(copy / "ckpt.pt")
+    torch.load(copy / "ckpt.pt", weights_only=True)
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoint.load_checkpoint(copy / "ckpt.pt")
+
+
+def test_a_flipped_bit_anywhere_is_refused(copy):
+    path, rng = copy / "ckpt.pt", random.Random(0)
+    good = path.read_bytes()
+    for i in range(300):        # half of them in the zip file's directory, at the end, which its own checksums don't cover
+        flip(path, rng.randrange(len(good)) if i % 2 else len(good) - 1 - rng.randrange(6000), rng.randrange(8))
+        with pytest.raises(ValueError, match="damaged or not a checkpoint") as e:
+            checkpoint.load_checkpoint(path)
+        assert "\n" not in str(e.value)
+        path.write_bytes(good)
+    checkpoint.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("damage", [flip, lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.write_bytes(b""),
+                                    lambda p: p.unlink()], ids=["flip", "cut", "empty", "missing"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(data_dir, run_dir, copy, damage, capsys):
+    damage(copy / "ckpt.pt")
+    sample.load(copy, "cpu")
+    assert "using" in capsys.readouterr().err and (copy / "ckpt.pt").exists() == (damage.__code__.co_names[-1] != "unlink")
+    done = ok(data_dir, copy, "--resume")
+    assert "ckpt.prev.pt, of step 2" in done.stdout and "at step 2" in done.stdout
+    assert_equal_runs(run_dir, copy)
+    assert [e["iter"] for e in log(copy)] == [e["iter"] for e in log(run_dir)]
+    assert checkpoint.load_checkpoint(copy / "ckpt.pt")["step"] == 4 and not (copy / "ckpt.pt.tmp").exists()
+    assert checkpoint.load_checkpoint(copy / "ckpt.prev.pt")["step"] == 2       # the damaged one did not displace it
+
+
+def test_both_damaged_is_one_sentence(copy):
+    flip(copy / "ckpt.pt"), flip(copy / "ckpt.prev.pt")
+    before = {p.name: p.read_bytes() for p in copy.iterdir()}
+    assert "ckpt.prev.pt, the one before it, is damaged too" in refused("--resume", "--out_dir", copy)
+    assert "damaged too" in refused("--ckpt", copy, main=sample.main)
+    assert before == {p.name: p.read_bytes() for p in copy.iterdir()}
+
+
+def test_an_earlier_run_is_not_overwritten_even_if_only_its_first_checkpoint_is_left(data_dir, copy):  # noqa: F811
+    (copy / "ckpt.pt").unlink()
+    assert "ckpt.prev.pt holds an earlier run" in refused("--data_dir", data_dir, "--out_dir", copy, *SHAPE)
+
+
+def test_a_checkpoint_that_reads_back_wrong_replaces_nothing(copy, monkeypatch):
+    before = {p.name: p.read_bytes() for p in copy.iterdir()}
+    save = checkpoint.save_summed
+    monkeypatch.setattr(checkpoint, "save_summed", lambda state, f: (save(state, f), f.seek(5000), f.write(b"bad")))
+    assert "can't be written (its checksum" in refused("--resume", "--out_dir", copy, "--max_iters", 6)
+    after = {p.name: p.read_bytes() for p in copy.iterdir()}
+    assert all(before[n] == after[n] for n in ("ckpt.pt", "ckpt.prev.pt")) and before.keys() == after.keys()
+
+
+# ------------------------------------------------------------------------------------------------------------ disks
+
+@pytest.mark.parametrize("name, limit", [("ckpt.pt", 30_000), ("ckpt.pt", 10), ("log.jsonl", 10)])
+def test_a_full_disk_ends_in_one_sentence_and_keeps_the_checkpoint(data_dir, copy, name, limit, monkeypatch):
+    """A limit on the size of files makes the kernel refuse a write in the middle, as a full disk does."""
+    before = {p.name: p.read_bytes() for p in copy.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original = train.save_run if name == "ckpt.pt" else train.writing
+
+    def on_a_full_disk(path, *args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        return original(path, *args)
+
+    monkeypatch.setattr(train, "save_run" if name == "ckpt.pt" else "writing", on_a_full_disk)
+    try:
+        said = refused("--resume", "--out_dir", copy, "--max_iters", 6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{name} can't be written (File too large)" in said
+    after = {p.name: p.read_bytes() for p in copy.iterdir()}
+    assert all(before[n] == after[n] for n in ("ckpt.pt", "ckpt.prev.pt")) and before.keys() == after.keys()
+    monkeypatch.undo()
+    ok(data_dir, copy, "--resume")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(data_dir, tmp_path):  # noqa: F811
+    (tmp_path / "file").write_text("")
+    for out in ("/proc/self", "/proc/nowhere", tmp_path / "file", tmp_path / "file" / "below"):
+        refused("--data_dir", data_dir, "--out_dir", out, *SHAPE)
+    if os.geteuid():       # root may write anywhere
+        (tmp_path / "closed").mkdir(mode=0o555)
+        assert "Permission" in refused("--data_dir", data_dir, "--out_dir", tmp_path / "closed", *SHAPE)
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("damage", [flip, lambda p: p.write_bytes(p.read_bytes()[:-2]), lambda p: open(p, "ab").write(b"ab")])
+def test_damaged_data_are_noticed(data_dir, tmp_path, name, damage):  # noqa: F811
+    for path in data_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    damage(tmp_path / name)
+    said = refused("--data_dir", tmp_path, "--out_dir", tmp_path / "out", *SHAPE)
+    assert f"{name} is not what was prepared" in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_other_data_are_refused_on_resume(data_dir, tmp_path, checksums):  # noqa: F811
+    """Of the same size and vocabulary, one letter apart; with prepare's checksums, and without, as other tools' data."""
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text((name + "bcdefghij\n") * 200)
+        prepare(tmp_path / name, input=tmp_path / f"{name}.txt")
+        meta = json.loads((tmp_path / name / "meta.json").read_text())
+        meta = {k: v for k, v in meta.items() if checksums or "crc32" not in k} | {"source": "text"}
+        (tmp_path / name / "meta.json").write_text(json.dumps(meta))
+    ok(tmp_path / "a", tmp_path / "out", "--max_iters", 1)
+    said = refused("--resume", "--out_dir", tmp_path / "out", "--max_iters", 2, "--data_dir", tmp_path / "b")
+    assert "are not those" in said
+    ok(tmp_path / "a", tmp_path / "out", "--max_iters", 2, "--resume")
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+def test_a_second_process_is_refused_and_a_dead_one_s_lock_is_not_in_the_way(data_dir, copy, tmp_path):  # noqa: F811
+    holder = subprocess.Popen([sys.executable, "-c", f"import fcntl, time; f = open({str(copy / 'lock')!r}, 'w'); "
+                               "fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    before = {p.name: p.read_bytes() for p in copy.iterdir()}
+    for more in (["--resume"], ["--data_dir", data_dir, *SHAPE]):
+        assert "another process is training in" in refused("--out_dir", copy, *more)
+    assert before == {p.name: p.read_bytes() for p in copy.iterdir()}
+    holder.kill(), holder.wait()
+    ok(data_dir, copy, "--resume", "--max_iters", 5)
+    with open(copy / "lock") as f:      # released at the end, within a process too
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_only_monotonic_clocks():
+    for name in ("train.py", "sample.py", "checkpoint.py"):
+        assert "time.time(" not in (ROOT / name).read_text() and "datetime" not in (ROOT / name).read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------- kills
+
+# Importing torch takes longer than such a run: a process that has done so, and nothing else, forks one that trains.
+KILLER = """
+import os, random, signal, sys, time
+sys.path.insert(0, {root!r})
+import torch, checkpoint, train
+torch.set_num_threads(1)
+argv = sys.argv[1:]
+out, rng = argv[argv.index("--out_dir") + 1], random.Random(0)
+
+def die_at(owner, name, call):
+    \"\"\"Kill this process as it comes to the call of that number.\"\"\"
+    original, calls = getattr(owner, name), [0]
+    def counted(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    setattr(owner, name, counted)
+
+def start(point=None):
+    pid = os.fork()
+    if not pid:
+        sys.stdout = open(os.devnull, "w")
+        if point:
+            die_at(*point)
+        have = any(os.path.exists(os.path.join(out, name)) for name in ("ckpt.pt", "ckpt.prev.pt"))
+        try:
+            train.main([*argv, "--resume"] if have else argv)
+        except SystemExit as e:
+            print(e, file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+def killed(pid):
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0, "it refused to go on"
+    return os.WIFSIGNALED(status)
+
+# moments that chance would seldom hit: in the middle of a write, before the rename of the log, of the old checkpoint, of
+# the new one (there is no ckpt.pt then), and of the next ones
+points = [(checkpoint.SummedFile, "write", 7), (os, "fsync", 2), (checkpoint, "check_sum", 2)]
+points += [(os, "replace", n) for n in (2, 1, 3, 2, 3, 4, 5)]
+kills = 0
+for i in range(20):
+    if i % 2:
+        kills += killed(start(points[i // 2]))
+    else:
+        pid = start()
+        time.sleep(rng.uniform(0.05, {longest}))
+        os.kill(pid, signal.SIGKILL)
+        kills += killed(pid)
+assert not killed(start())
+print(kills)
+"""
+
+
+def test_killed_at_any_moment_a_run_ends_in_the_same_weights_bit_for_bit(data_dir, tmp_path):  # noqa: F811
+    flags = "--max_iters 90 --eval_interval 3 --optimizer muon --bias_update_speed 0.01".split()
+    ok(data_dir, tmp_path / "whole", *flags)
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", KILLER.format(root=str(ROOT), longest=0.5),
+                           *command(data_dir, tmp_path / "killed", *flags)[2:]], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-1000:]
+    print(f"{done.stdout.strip()} kills in {time.monotonic() - start:.0f} s")
+    assert int(done.stdout) >= 20
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+    assert [e["loss"] for e in log(tmp_path / "killed")] == [e["loss"] for e in log(tmp_path / "whole")]
+    assert {p.name for p in (tmp_path / "killed").iterdir()} == {"ckpt.pt", "ckpt.prev.pt", "log.jsonl", "lock"}

@@ -1,0 +1,243 @@
+"""Files and prompts from anywhere: each is read, or refused in one sentence; none executes code, hangs or eats memory."""
+
+import base64
+import contextlib
+import copy
+import json
+import os
+import pickle
+import random
+import resource
+import signal
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import sample
+import train
+from data.tokenizer import BYTES, build, encode, encoding_from_json, encoding_to_json, get_tokenizer
+from model import DeepSeekV3, DeepSeekV3Config
+from test_checkpoint import CL100K, config_json, released, toy_ranks, write
+from test_data import bpe_json, sequence, split_json
+
+ABSURD = [None, True, False, 0, 1, -1, 2, 3, 7, 2**15, 2**30, 2**31 - 1, 2**31, 2**62, 10**30, -2**31, 0.5, 1.5, -0.0, 1e-320, 1e308,
+          float("nan"), float("inf"), "", "8", "yarn", "deepseek_v3", [], [8], {}, {"type": "yarn"}, {"a": {"b": [{}]}},
+          {"type": "yarn", "factor": 1e308}, {"type": "yarn", "factor": "4"}, {"rope_type": "yarn", "factor": 4, "beta_fast": 0},
+          {"rope_type": "yarn", "rope_theta": None}, "a\nb" * 400]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def limits():
+    """A GB more than the process has, and a minute."""
+    with open("/proc/self/statm") as f:
+        used = int(f.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, before[1]))
+
+    def late(*_):
+        raise KeyboardInterrupt("a minute is over")
+
+    handler = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def one_sentence(read, case):
+    """Whether read() accepts; if not, it must say so in a line."""
+    try:
+        read()
+        return True
+    except (ValueError, OSError) as e:
+        assert "\n" not in str(e) and 0 < len(str(e)) < 2000, (case, str(e)[:3000])
+    except BaseException as e:
+        raise AssertionError(f"{type(e).__name__}: {str(e)[:300]} on {str(case)[:600]}") from e
+    return False
+
+
+def mutate(tree, rng, values=ABSURD):
+    """A copy of a tree of JSON with one or two of its values, keys or items replaced, dropped or doubled."""
+    tree = json.loads(json.dumps(tree))
+    for _ in range(rng.choice((1, 1, 2))):
+        node = tree
+        while True:
+            if not isinstance(node, (dict, list)) or not node:
+                break
+            key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+            if isinstance(node[key], (dict, list)) and node[key] and rng.random() < 0.8:
+                node = node[key]
+                continue
+            action = rng.random()
+            if action < 0.7:
+                node[key] = copy.deepcopy(rng.choice(values))
+            elif action < 0.85:
+                del node[key]
+            elif isinstance(node, list):
+                node.append(copy.deepcopy(node[key]))
+            else:
+                node[str(key) + "x"] = node.pop(key)
+            break
+    return tree
+
+
+def test_absurd_configs(tmp_path, make_model):
+    """1,000 config.json: read, and built on meta, or refused."""
+    rng, path, accepted = random.Random(0), tmp_path / "config.json", 0
+    raw = config_json(make_model().config, rope_scaling={"type": "yarn", "factor": 4, "mscale": 1.0})
+    for i in range(1000):
+        case = mutate(raw, rng)
+        path.write_text(json.dumps(case))
+        accepted += one_sentence(lambda: DeepSeekV3Config.from_json(path), case)
+    assert 100 < accepted < 900
+
+
+def test_absurd_configs_with_weights(tmp_path, make_model):
+    """150 folders whose config.json asks for another model than the tensors make, be it as large as it wants."""
+    rng, accepted, model = random.Random(1), 0, make_model(num_hidden_layers=2)
+    raw = config_json(model.config)
+    write(tmp_path, released(model), raw)
+    sizes = [n for n in ABSURD if type(n) is int and n > 0]
+    for i in range(150):
+        case = mutate(raw, rng, sizes if i % 2 else ABSURD)
+        (tmp_path / "config.json").write_text(json.dumps(case))
+        accepted += one_sentence(lambda: DeepSeekV3.from_pretrained(tmp_path), case)
+    assert 10 < accepted < 140
+    for name, value in ("hidden_size", 2**30), ("num_nextn_predict_layers", 2**31 - 1), ("num_hidden_layers", 2**31 - 1), (
+            "vocab_size", 2**31 - 1), ("n_shared_experts", 2**31 - 1), ("moe_intermediate_size", 2**31 - 1):
+        (tmp_path / "config.json").write_text(json.dumps(raw | {name: value}))
+        assert not one_sentence(lambda: DeepSeekV3.from_pretrained(tmp_path), (name, value))
+
+
+def test_safetensors_headers_that_lie(tmp_path, make_model):
+    """1,000 headers with other offsets, shapes, dtypes, names or lengths over the same bytes."""
+    model = make_model(num_hidden_layers=1, first_k_dense_replace=1, num_nextn_predict_layers=0)
+    write(tmp_path, released(model), config_json(model.config))
+    file, rng, accepted = tmp_path / "model.safetensors", random.Random(2), 0
+    good = file.read_bytes()
+    length = struct.unpack("<Q", good[:8])[0]
+    header, body = json.loads(good[8:8 + length]), good[8 + length:]
+    lies = [-1, 0, 1, 4, 2**31, 2**63 - 1, 2**64 - 1, 2**64, 10**30, 1.5, None, "F32", "BF16", "F8_E4M3", "I64", "BOOL", "F32x", [], [48],
+            [0, 2**63], [8, 4], [-4, 0], [2**32, 2**32], {}, len(body), len(body) - 4]
+    for i in range(1000):
+        lie = mutate(header, rng, lies)
+        if i % 10 == 0:     # two tensors in one place
+            a, b = rng.sample(sorted(set(lie) - {"__metadata__"}), 2)
+            lie[a] = lie[b]
+        text = json.dumps(lie).encode()
+        claimed = rng.choice((0, 1, length, 2**20, 2**40, 2**63, 2**64 - 1)) if i % 10 == 1 else len(text)
+        file.write_bytes(struct.pack("<Q", claimed) + text + body)
+        accepted += one_sentence(lambda: DeepSeekV3.from_pretrained(tmp_path), lie)
+    assert accepted < 100       # metadata, and values replaced by themselves
+
+
+def test_hostile_tokenizer_files(tmp_path):
+    """500 of each kind: ranks twice or missing, ids that clash, other types, patterns that are none."""
+    rng, accepted = random.Random(3), {}
+    values = [None, True, -1, 0, 1, 255, 256, 257, 2**24, 2**64, 1.5, "", "a", "YQ==", "YWI=", "(", "(?:a*)*b", r"\s*", r"\p{Foo}", "[^",
+              "a{99999}", "\ud800", [], {}, ["a", "b"], ["ab", "c"], {"Regex": "(a|b"}, {"type": "Split"}, float("nan")]
+    trees = {"encoding": json.loads(encoding_to_json(build("toy", r"[\s\S]{1,8}", toy_ranks(280), {"<|endoftext|>": 400}))),
+             "bpe": bpe_json(), "split": bpe_json(pre_tokenizer=sequence(split_json(CL100K)))}
+    for kind, tree in trees.items():
+        accepted[kind] = 0
+        for i in range(500):
+            case = json.dumps(mutate(tree, rng, values))
+            if kind == "encoding":
+                accepted[kind] += one_sentence(lambda: encoding_from_json(case), case)
+            else:
+                (tmp_path / "tokenizer.json").write_text(case)
+                accepted[kind] += one_sentence(lambda: get_tokenizer(tmp_path), case)
+    lines, accepted["tiktoken"] = [base64.b64encode(t) + b" %d" % r for t, r in toy_ranks(300).items()], 0
+    for i in range(500):
+        case = list(lines)
+        for _ in range(rng.randrange(1, 4)):
+            j, k = rng.randrange(len(case)), rng.randrange(len(case))
+            case[j] = rng.choice([case[k], b"", b" ", case[j].split()[0] + b" " + rng.choice([b"-1", b"9" * 30, b"1e3", b"300", b"\xff"]),
+                                  case[j][:rng.randrange(9)], b"\0" * 9, b"YWI= 299", case[k].split()[0] + b" 7" if case[k].split() else b""])
+        (tmp_path / "x.tiktoken").write_bytes(b"\n".join(case))
+        accepted["tiktoken"] += one_sentence(lambda: get_tokenizer(tmp_path / "x.tiktoken"), case)
+    assert all(n < 475 for n in accepted.values()), accepted
+
+
+def test_prompts_of_any_bytes(tmp_path):
+    """2,000 of them, as an argument and as a file, through two tokenizers."""
+    rng, accepted = random.Random(4), 0
+    encs = [get_tokenizer("bytes"), build("toy", CL100K, toy_ranks(), {"<|endoftext|>": 900})]
+    words = [b"<|endoftext|>", b"<|", b"\xff", b"\xf0\x9f\x91", "👩\u200d🚀".encode(), b"\0", b" " * 50, b"\r\n", b"abc", b"\xed\xa0\x80", b""]
+    for i in range(2000):
+        raw = b"".join(rng.choice(words) if rng.random() < 0.5 else rng.randbytes(rng.randrange(4)) for _ in range(rng.randrange(12)))
+        enc = encs[i % 2]
+        if i % 3:
+            text = os.fsdecode(raw)     # as sys.argv has it: what is no UTF-8 becomes lone surrogates
+            text = text if not text.startswith("FILE:") else "x"
+        else:
+            (tmp_path / "prompt").write_bytes(raw)
+            text = f"FILE:{tmp_path / 'prompt'}"
+        accepted += one_sentence(lambda: sample.read_prompt(text, enc), raw)
+    assert 200 < accepted < 1900
+    one_sentence(lambda: sample.read_prompt(" " * 1_000_000 + "a", encs[1]), "a million spaces")
+
+
+# --------------------------------------------------------------------------------------------------- run checkpoints
+
+class Gadget:
+    """What pickles to a call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_pickles_are_refused_wherever_they_hide(tmp_path):
+    """With a checksum that is right, as whoever wrote the file can compute it."""
+    mark = tmp_path / "executed"
+    gadgets = [Gadget(os.system, f"touch {mark}"), Gadget(eval, f"open({str(mark)!r}, 'w')"), Gadget(exec, f"open({str(mark)!r}, 'w')"),
+               Gadget(Path.touch, mark), Gadget(open, str(mark), "w"), Gadget(torch.load, str(mark)), Gadget(getattr, Path, "touch"),
+               Gadget(torch.hub.load, "x", "y"), Gadget(pickle.loads, pickle.dumps(Gadget(os.mkdir, str(mark))))]
+    path = tmp_path / "ckpt.pt"
+    good = {"model": {}, "config": {}, "train_config": {}, "encoding": "", "step": 1}
+    for gadget in gadgets:
+        for place in [None, *good]:
+            with open(path, "wb") as f:
+                checkpoint.save_summed(gadget if place is None else good | {place: gadget}, f)
+            assert not one_sentence(lambda: checkpoint.load_checkpoint(path), (gadget.call, place))
+    for raw in (pickle.dumps(gadgets[0]), pickle.dumps(gadgets[0], 0)):
+        path.write_bytes(raw + b"crc32:%08x" % checkpoint.zlib.crc32(raw))
+        assert not one_sentence(lambda: checkpoint.load_checkpoint(path), raw)
+    assert not mark.exists()
+
+
+def test_checkpoints_with_absurd_contents(tmp_path, make_model):
+    """120 with the right checksum and anything inside, sampled from and resumed from."""
+    model, rng, accepted = make_model(vocab_size=320, num_hidden_layers=2), random.Random(5), 0
+    good = {"config": checkpoint.dataclasses.asdict(model.config), "encoding": encoding_to_json(get_tokenizer("bytes")), "step": 1,
+            "samples": 4, "skipped": 0, "sequences_per_step": 4, "meta": {}, "train_config": train.dataclasses.asdict(
+                train.TrainConfig(block_size=32, batch_size=4, max_iters=1, learning_rate=1e-3, eval_interval=1))}
+    for i in range(120):
+        state = mutate(good, rng)
+        if isinstance(state, dict):
+            state |= {"model": model.state_dict(), "optimizers": [], "rng_state": torch.get_rng_state()}
+            if i % 4 == 0:
+                name = rng.choice(list(state["model"]))
+                state["model"] = {**state["model"], name: rng.choice([torch.zeros(3), torch.zeros(0), 1, None, "x"])}
+        with open(tmp_path / "ckpt.pt", "wb") as f:
+            checkpoint.save_summed(state, f)
+        accepted += one_sentence(lambda: sample.load(tmp_path, "cpu"), {k: v for k, v in state.items() if k != "model"})
+        with pytest.raises(SystemExit) as e, contextlib.redirect_stdout(None):
+            train.main(["--resume", "--out_dir", str(tmp_path), "--data_dir", str(tmp_path / "ckpt.pt")])
+        assert str(e.value.code).startswith("train.py: ") and "\n" not in str(e.value.code)
+    assert 5 < accepted < 115

@@ -1,0 +1,249 @@
+"""train.py on two processes with gloo: what they compute equals what one does with the batch of both."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from checkpoint import load_checkpoint
+from data.prepare import prepare
+from data.tokenizer import get_tokenizer
+from model import DeepSeekV3
+from test_faults import flip, refused
+from test_train import SHAPE, assert_equal_runs, command, data_dir, log, ok  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+
+# Importing what DDP and FSDP need takes 5 s, most of such a run: one process does it, and forks the ranks of every test,
+# as torchrun would start them. A line of JSON in, the ranks' ids out, then their exit codes.
+FORKER = """
+import json, os, sys
+sys.path.insert(0, {root!r})
+import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor, train
+torch.set_num_threads(1)
+for line in sys.stdin:
+    pids, (world, port, patch, argv, out) = [], json.loads(line)
+    for rank in range(world):
+        pid = os.fork()
+        if not pid:
+            os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost",
+                               MASTER_PORT=str(port))
+            sys.stdout, sys.stderr = open(out + f".out{{rank}}", "w"), open(out + f".err{{rank}}", "w")
+            code = 0
+            try:
+                exec(patch)
+                train.main(argv)
+            except SystemExit as e:
+                code = e.code
+                if not isinstance(code, int):
+                    code = print(e.code, file=sys.stderr) or 1
+            except BaseException:
+                import traceback
+                code = traceback.print_exc() or 99
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        pids.append(pid)
+    print(json.dumps(pids), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forker():
+    with subprocess.Popen([sys.executable, "-c", FORKER.format(root=str(ROOT))], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def torchrun(forker, data_dir, tmp_path):  # noqa: F811
+    """start(world, out_dir, flags) -> ids of the processes, and a function that waits for their exit: -> what rank 0
+    printed, and the last words of each."""
+    def start(world, out_dir, *flags, patch="", bare=False):
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        argv = list(map(str, flags)) if bare else command(data_dir, out_dir, *flags)[2:]
+        print(json.dumps([world, port, patch, argv, str(tmp_path / "rank")]),
+              file=forker.stdin, flush=True)
+
+        def end(code=0):
+            codes = json.loads(forker.stdout.readline())
+            out, err = ([(tmp_path / f"rank.{which}{rank}").read_text() for rank in range(world)] for which in ("out", "err"))
+            assert codes == [code] * world and "Traceback" not in "".join(err), (codes, err, out)
+            assert not any(out[1:])
+            return out[0], err
+        return json.loads(forker.stdout.readline()), end
+    return start
+
+
+def same_curve(a, b, rel=1e-4):
+    a, b = log(a), log(b)
+    assert [e["iter"] for e in a] == [e["iter"] for e in b]
+    for x, y in zip(a, b):
+        for key in ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "max_vio", "dead_experts", "lr"):
+            assert x[key] == pytest.approx(y[key], rel=rel, abs=1e-6), (x["iter"], key)
+        assert ("val_loss" in x) == ("val_loss" in y) and x.get("val_loss", 0) == pytest.approx(y.get("val_loss", 0), rel=rel)
+    return a
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_ranks_train_as_one_with_twice_the_batch(data_dir, tmp_path, torchrun, optimizer):  # noqa: F811
+    flags = ["--max_iters", 6, "--eval_interval", 3, "--log_interval", 1, "--optimizer", optimizer, "--learning_rate", 1e-3,
+             "--bias_update_speed", 0.01, "--gradient_accumulation_steps", 2]
+    _, end = torchrun(2, tmp_path / "two", *flags)
+    ok(data_dir, tmp_path / "one", *flags, "--batch_size", 8)
+    out, _ = end()
+    same_curve(tmp_path / "one", tmp_path / "two")
+    assert out.count("done.") == 1 and "steps of 512 tokens on 2 x cpu" in out
+
+
+def parameters(out_dir):
+    return load_checkpoint(out_dir / "ckpt.pt")["model"]
+
+
+def test_the_router_s_bias_needs_the_load_of_all_ranks(data_dir, tmp_path, torchrun):  # noqa: F811
+    """If each rank looked at its own tokens only, the bias, and with it the model, would not be that of one process."""
+    flags = ["--max_iters", 3, "--bias_update_speed", 0.01, "--learning_rate", 1e-3]
+    ok(data_dir, tmp_path / "one", *flags, "--batch_size", 8)
+    torchrun(2, tmp_path / "two", *flags)[1]()
+    forget = """
+reduce = train.dist.all_reduce
+train.dist.all_reduce = lambda t, *a, **k: None if t.dtype == torch.int64 and t.dim() == 2 else reduce(t, *a, **k)"""
+    torchrun(2, tmp_path / "forgotten", *flags, patch=forget)[1]()
+    one, two, forgotten = (parameters(tmp_path / name) for name in ("one", "two", "forgotten"))
+    biases = [name for name in one if "e_score_correction_bias" in name]
+    assert len(biases) == 2 and all(torch.allclose(one[n], two[n]) for n in biases)
+    assert not all(torch.allclose(one[n], forgotten[n]) for n in biases)
+
+
+def test_no_sample_is_seen_twice(data_dir, tmp_path, torchrun):  # noqa: F811
+    spy = f"""
+batch = train.Tokens.batch
+def spied(self, n, count):
+    print(*range(n, n + count), file=open({str(tmp_path / "seen")!r} + os.environ["RANK"], "a"))
+    return batch(self, n, count)
+train.Tokens.batch = spied"""
+    torchrun(2, tmp_path / "out", "--max_iters", 3, "--gradient_accumulation_steps", 2, patch=spy)[1]()
+    seen = [list(map(int, (tmp_path / f"seen{rank}").read_text().split())) for rank in range(2)]
+    assert len(seen[0]) == len(seen[1]) == 24 and sorted(seen[0] + seen[1]) == list(range(48))
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path, torchrun):
+    """The second rank's loss is NaN in step 2; afterwards both still have the same weights."""
+    poison = """
+forward, calls = train.DeepSeekV3.forward, [0]
+def poisoned(self, *args, **kwargs):
+    logits, loss, aux = forward(self, *args, **kwargs)
+    calls[0] += self.training
+    return logits, loss * float("nan") if self.training and rank == 1 and calls[0] == 2 else loss, aux
+train.DeepSeekV3.forward = poisoned
+step, steps = torch.optim.AdamW.step, []
+torch.optim.AdamW.step = lambda *a: (steps.append(1), print(len(steps), file=open(%r + str(rank), "w")), step(*a))
+""" % str(tmp_path / "steps")
+    out, _ = torchrun(2, tmp_path / "out", "--max_iters", 3, patch=poison)[1]()
+    assert "step 2/3 skipped" in out and log(tmp_path / "out")[-1]["skipped"] == 1
+    assert [(tmp_path / f"steps{rank}").read_text() for rank in range(2)] == ["2\n", "2\n"]
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_resumes(tmp_path, torchrun):
+    flags = ["--max_iters", 30, "--eval_interval", 100, "--log_interval", 1]
+    pids, end = torchrun(2, tmp_path / "cut", *flags)
+    while not (tmp_path / "cut" / "log.jsonl").exists() or len(log(tmp_path / "cut")) < 2:
+        os.kill(pids[1], 0)
+    os.kill(pids[1], signal.SIGTERM)
+    out, _ = end(130)
+    stopped = int(out.split("interrupted at step ")[1].split(";")[0])
+    assert 2 <= stopped < 30 and len(log(tmp_path / "cut")) == stopped
+    torchrun(2, tmp_path / "cut", *flags, "--resume")[1]()
+    torchrun(2, tmp_path / "whole", *flags)[1]()
+    assert same_curve(tmp_path / "cut", tmp_path / "whole", rel=0)
+    assert_equal_runs(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_resuming_keeps_the_global_batch(data_dir, tmp_path, torchrun):  # noqa: F811
+    """2 ranks with 4 sequences each go on as 1 with 8; as 1 with 4 they are refused."""
+    torchrun(2, tmp_path / "two", "--max_iters", 2)[1]()
+    said = refused("--resume", "--out_dir", tmp_path / "two", "--max_iters", 4)
+    assert "--batch_size 4 contradicts" in said and "makes 4 sequences per step, and the run has 8" in said
+    ok(data_dir, tmp_path / "two", "--resume", "--max_iters", 4, "--batch_size", 8)
+    ok(data_dir, tmp_path / "one", "--max_iters", 2, "--batch_size", 8)
+    ok(data_dir, tmp_path / "one", "--resume", "--max_iters", 4, "--batch_size", 8)
+    same_curve(tmp_path / "one", tmp_path / "two")
+
+
+def test_what_is_wrong_is_said_in_one_sentence(data_dir, tmp_path, torchrun):  # noqa: F811
+    lost = "train.py: rank 1 lost touch with another rank, whose own words say why\n"
+    _, err = torchrun(2, tmp_path / "out", "--max_iters", 0)[1](1)
+    assert err == ["train.py: --max_iters must be at least 1, got 0\n", lost] and not (tmp_path / "out").exists()
+    full = "train.save_run = lambda *a: (_ for _ in ()).throw(OSError('the disk is full'))"
+    _, err = torchrun(2, tmp_path / "out", "--max_iters", 3, "--eval_interval", 1, patch=full)[1](1)
+    assert err == ["train.py: the disk is full\n", lost]
+
+
+# ------------------------------------------------------------------------------------------------------------ sharded
+
+@pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=True, num_nextn_predict_layers=0)], ids=["mtp", "tied"])
+def test_sharded_ranks_train_as_one_process_does(tmp_path, torchrun, make_model, changes):
+    """From the same weights, those of a released checkpoint; then on another number of ranks; sampled; and exported."""
+    pytest.importorskip("safetensors")
+    model = make_model(vocab_size=320, initializer_range=0.05, **changes)
+    model.save_pretrained(tmp_path / "hf", get_tokenizer("bytes"))
+    (tmp_path / "text").write_text("".join(f"line {i}: {i * i % 17}\n" for i in range(400)))
+    prepare(tmp_path / "data", input=tmp_path / "text", tokenizer=tmp_path / "hf")
+    flags = ["--init_from", str(tmp_path / "hf"), "--block_size", 32, "--log_interval", 1, "--eval_interval", 2, "--max_iters", 4,
+             "--learning_rate", 1e-3, "--bias_update_speed", 0.01]
+
+    def run(start, out, *more):
+        return start(*flags, "--data_dir", str(tmp_path / "data"), "--out_dir", str(tmp_path / out), "--device", "cpu", *more)
+
+    run(lambda *f: train.main([str(x) for x in f]), "one", "--batch_size", 8)
+    run(lambda *f: torchrun(2, None, *f, bare=True)[1](), "two", "--batch_size", 4, "--fsdp")
+    same_curve(tmp_path / "one", tmp_path / "two")
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {"ckpt", "ckpt.prev", "log.jsonl", "lock"}
+
+    # each goes on from the checkpoint of step 2: after a flipped bit in a shard, and after a kill between two renames
+    for ranks in (1, 4) if not changes else ():
+        shutil.copytree(tmp_path / "two", tmp_path / f"on{ranks}")
+        if ranks == 1:
+            flip(next((tmp_path / "on1" / "ckpt").glob("shard-00002*")))
+        else:
+            shutil.rmtree(tmp_path / f"on{ranks}" / "ckpt")
+        out, _ = run(lambda *f: torchrun(ranks, None, *f, bare=True)[1](), f"on{ranks}", "--batch_size", 8 // ranks, "--fsdp",
+                     "--resume")
+        assert "is damaged or missing" in out and "at step 2" in out
+        same_curve(tmp_path / "one", tmp_path / f"on{ranks}")
+
+    one, two = sample.load(tmp_path / "one", "cpu")[0], sample.load(tmp_path / "two", "cpu")[0]
+    for name, want in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], want, rtol=1e-2, atol=2e-5)
+    two.save_pretrained(tmp_path / "export")
+    exported = DeepSeekV3.from_pretrained(tmp_path / "export").state_dict()
+    assert all(torch.equal(exported[name], t) for name, t in two.state_dict().items())
+    sample.main(["--ckpt", str(tmp_path / "two"), "--prompt", "line", "--max_new_tokens", "3"])
+
+
+def test_sharded_weights_do_not_depend_on_the_number_of_ranks(tmp_path, torchrun):
+    for ranks in 1, 2:
+        torchrun(ranks, tmp_path / f"on{ranks}", "--max_iters", 1, "--batch_size", 4 // ranks, "--fsdp", "--optimizer", "adamw",
+                 "--learning_rate", 1e-30, "--dtype", "bfloat16")[1]()
+    one, two = (sample.load(tmp_path / f"on{ranks}", "cpu")[0].state_dict() for ranks in (1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(t.std().item() == pytest.approx(0.02, rel=0.2) for name, t in one.items() if t.dim() > 1)
+    assert log(tmp_path / "on1")[0]["main_loss"] == pytest.approx(log(tmp_path / "on2")[0]["main_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("flags, words", [(["--optimizer", "muon"], "Muon orthogonalizes whole matrices"),
+                                          (["--optimizer", "adamw"], "start it with: torchrun")])
+def test_what_cannot_be_sharded_is_refused(data_dir, tmp_path, flags, words):  # noqa: F811
+    assert words in refused("--data_dir", data_dir, "--out_dir", tmp_path / "out", *SHAPE, "--fsdp", *flags)
