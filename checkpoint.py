@@ -251,7 +251,8 @@ def released_tensors(model):
     for name, tensor in model.state_dict().items():
         stem, _, kind = name.rpartition(".")
         if stem.endswith(".mlp.experts"):
-            tensors |= {f"{stem}.{e}.{kind}.weight": tensor[e] for e in range(len(tensor))}
+            kind, suffix = kind.removesuffix("_scale_inv"), "_scale_inv" if kind.endswith("_scale_inv") else ""
+            tensors |= {f"{stem}.{e}.{kind}.weight{suffix}": tensor[e] for e in range(len(tensor))}
         else:
             tensors[name] = tensor
     copies = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
@@ -265,7 +266,7 @@ def released_tensors(model):
 @torch.no_grad()
 def load(cls, dir, dtype=None, device=None, **changes):
     """DeepSeekV3.from_pretrained; cls: DeepSeekV3."""
-    from fp8 import weight_dequant      # not above: it brings Triton, which takes its time to import
+    from fp8 import E4M3, hold_in_fp8, quantize_reference, weight_dequant      # brings Triton, slow to import
     dir = Path(dir)
     config = dataclasses.replace(read_config(dir), **changes)
     where = find_tensors(dir)       # {name: (file, dtype, shape)}
@@ -303,16 +304,21 @@ def load(cls, dir, dtype=None, device=None, **changes):
         raise ValueError(f"the tensors of {dir} don't fit its config.json: {'; '.join(parts)}")
 
     dtype = dtype or STORED_DTYPES.get(where["model.embed_tokens.weight"][1], torch.bfloat16)
-    model = model.to(dtype).to_empty(device=device or "cpu")
+    model = hold_in_fp8(model.to(torch.bfloat16)) if dtype == E4M3 else model.to(dtype)
+    model = model.to_empty(device=device or "cpu")
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight      # to_empty parts them
-    for name, target in released_tensors(model)[0].items():
-        if name in where and name not in copies:
-            tensor = read_tensor(where[name][0], name)
-            if where[name][1] == "F8_E4M3":
-                scale = name + "_scale_inv"
-                tensor = weight_dequant(tensor, read_tensor(where[scale][0], scale))
-            target.copy_(tensor)
+    targets = released_tensors(model)[0]
+    for name in expected.keys() & where.keys() - copies:
+        tensor, scale_name, scale = read_tensor(where[name][0], name), name + "_scale_inv", None
+        if tensor.dtype == E4M3:
+            scale = read_tensor(where[scale_name][0], scale_name)
+        if targets[name].dtype == E4M3:
+            tensor, scale = (tensor, scale) if scale is not None else quantize_reference(tensor, 128)
+            targets[scale_name].copy_(scale)
+        elif scale is not None:
+            tensor = weight_dequant(tensor, scale)
+        targets[name].copy_(tensor)
     return model.eval()
 
 
@@ -344,6 +350,9 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9):
     from fp8 import quantize_reference
     save_file, dir, tmp = safetensors().torch.save_file, Path(dir), ".tmp"
     tensors, copies = released_tensors(model)
+    if any(name.endswith("_scale_inv") for name in tensors):
+        raise ValueError("this model holds its weights in FP8, for inference only; load it with dtype=torch.bfloat16 "
+                         "and save it with fp8=True")
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
 

@@ -432,6 +432,13 @@ class Linear(torch.autograd.Function):
         return dx, dw, None
 
 
+def swiglu(x, gate, up, down, dtype, ends):
+    """All Quantized. -> gate x and up x, (M, I) each, and down (silu(gate x) * up x), (M, D)."""
+    g, u = gemm(x, gate, dtype, ends), gemm(x, up, dtype, ends)
+    h, _ = quantize(F.silu(g) * u)
+    return g, u, gemm(h, down, dtype, ends)
+
+
 class SwiGLU(torch.autograd.Function):
     """y = W_down (silu(W_gate x) * W_up x), for one MLP or, given ends, for each expert's rows with its own weights.
 
@@ -441,15 +448,13 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate, up, down, ends):
         """x: (M, D); gate, up: (I, D) or, with ends, (E, I, D); down: (D, I) or (E, D, I); ends: see gemm. -> (M, D)."""
-        dtype = output_dtype(x)
         x_q, _ = quantize(x)
         (gate_q, gate_t), (up_q, up_t), (down_q, down_t) = map(quantize_weight, (gate, up, down))
-        g, u = gemm(x_q, gate_q, dtype, ends), gemm(x_q, up_q, dtype, ends)                 # (M, I)
-        h_q, _ = quantize(F.silu(g) * u)
+        g, u, y = swiglu(x_q, gate_q, up_q, down_q, output_dtype(x), ends)
         saved = x_q, quantize(g)[0], quantize(u)[0], gate_t, up_t, down_t
         ctx.save_for_backward(ends, *(t for pair in saved for t in pair))
         ctx.weights, ctx.dtype = (gate, up, down), x.dtype
-        return gemm(h_q, down_q, dtype, ends)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
@@ -473,30 +478,53 @@ class SwiGLU(torch.autograd.Function):
 # ----------------------------------------------------------------------------------------------------------------------
 # Layers: those of model.py, with other arithmetic
 
+def weight_of(module, name="weight"):
+    """A parameter; as a Quantized (E, N, K) where it is held in FP8 (hold_in_fp8)."""
+    w = getattr(module, name)
+    if w.dtype != E4M3:
+        return w
+    s = getattr(module, name + "_scale_inv")
+    return Quantized(w.view(-1, *w.shape[-2:]), s.view(-1, *s.shape[-2:]))
+
+
+def apply_swiglu(x, gate, up, down, ends=None):
+    if isinstance(gate, Quantized):
+        return swiglu(quantize(x)[0], gate, up, down, output_dtype(x), ends)[-1]
+    return SwiGLU.apply(x, gate, up, down, ends)
+
+
 class FP8Linear(nn.Linear):
     """nn.Linear in FP8. pow2: scales of x are powers of two, as the report has them for o_proj, whose input is quantized
     twice, along channels and along tokens."""
     pow2 = False
 
+    @torch.compiler.disable     # can't trace kernels that take TMA descriptors
     def forward(self, x):
         """x: (..., in_features) bf16 or fp32; returns (..., out_features) in autocast's dtype or x's."""
-        y = Linear.apply(x.flatten(0, -2), self.weight, self.pow2).unflatten(0, x.shape[:-1])
+        w, shape = weight_of(self), x.shape[:-1]
+        x = x.flatten(0, -2)
+        if isinstance(w, Quantized):
+            y = gemm(quantize(x, pow2=self.pow2)[0], w, output_dtype(x))
+        else:
+            y = Linear.apply(x, w, self.pow2)
+        y = y.unflatten(0, shape)
         return y if self.bias is None else y + self.bias
 
 
 class FP8MLP(MLP):
     """model.MLP in FP8."""
 
+    @torch.compiler.disable
     def forward(self, x):
         """x: (..., D); returns the same shape."""
-        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
-        return SwiGLU.apply(x.flatten(0, -2), *weights, None).view(x.shape)
+        return apply_swiglu(x.flatten(0, -2), *map(weight_of, (self.gate_proj, self.up_proj, self.down_proj))).view(x.shape)
 
 
 class FP8Experts(Experts):
     """model.Experts in FP8. Tiles of 128 tokens may not straddle experts, for the sake of Wgrad: each expert's rows are
     filled up with zeros to a multiple of 128."""
 
+    @torch.compiler.disable
     def grouped(self, x, slots, K, load):
         """x: (N, D); slots: (N*K,), the expert of each; load: (E,). Returns (N*K, D), by slot."""
         size = (load + 127) // 128 * 128
@@ -508,8 +536,11 @@ class FP8Experts(Experts):
         # the exact number of rows is on the GPU: waiting for it would cost more than the largest there can be
         rows = int(ends[-1]) if x.device.type == "cpu" else (slots.numel() + 127 * load.numel()) // 128 * 128
         x = x.new_zeros(rows, x.size(1)).index_copy(0, place, x.repeat_interleave(K, 0))
-        y = SwiGLU.apply(x, self.gate_proj, self.up_proj, self.down_proj, ends.int())
-        return y.index_select(0, place)
+        weights = (weight_of(self, name) for name in ("gate_proj", "up_proj", "down_proj"))
+        return apply_swiglu(x, *weights, ends.int()).index_select(0, place)
+
+    def gathered(self, x, slots, K):
+        return self.grouped(x, slots, K, slots.bincount(minlength=self.gate_proj.size(0)))
 
 
 def convert_to_fp8(model):
@@ -523,11 +554,29 @@ def convert_to_fp8(model):
     if device.type not in ("cuda", "cpu", "meta"):
         raise ValueError(f"FP8 is for cuda and, emulated, for cpu; the model is on {device.type}")
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and name.rpartition(".")[2] != "lm_head":
-            module.__class__ = FP8Linear
+        if name.rpartition(".")[2] != "lm_head" and type(module) in FP8_LAYERS:
+            module.__class__ = FP8_LAYERS[type(module)]
             module.pow2 = name.endswith("o_proj")
-        elif type(module) in (MLP, Experts):
-            module.__class__ = {MLP: FP8MLP, Experts: FP8Experts}[type(module)]
     if reason := kernels_missing(device):
         warnings.warn(f"FP8 is emulated in PyTorch, with the same rounding but no speed-up: {reason}", stacklevel=2)
+    return model
+
+
+FP8_LAYERS = {nn.Linear: FP8Linear, MLP: FP8MLP, Experts: FP8Experts}
+
+
+def hold_in_fp8(model):
+    """Let a model that was built on "meta" hold what a release stores in FP8 that way, for inference: `weight` float8_e4m3fn
+    and `weight_scale_inv`, half of bf16's memory. Stay as they are: kv_b_proj, whose weights absorbed attention reads
+    itself, layers with inputs that are no multiple of 128, and what is not quantized in a release."""
+    for name, module in model.named_modules():
+        stays = name.endswith(("lm_head", "eh_proj", "kv_b_proj"))
+        if stays or type(module) not in FP8_LAYERS or any(p.size(-1) % 128 for p in module.parameters()):
+            continue
+        module.__class__ = FP8_LAYERS[type(module)]
+        module.pow2 = name.endswith("o_proj")
+        for key, p in list(module.named_parameters(recurse=False)):
+            blocks = *p.shape[:-2], -(-p.size(-2) // 128), -(-p.size(-1) // 128)
+            setattr(module, key, nn.Parameter(torch.empty_like(p, dtype=E4M3), requires_grad=False))
+            module.register_buffer(f"{key}_scale_inv", torch.empty(blocks, dtype=torch.float32, device=p.device))
     return model

@@ -701,10 +701,11 @@ class DeepSeekV3(nn.Module):
         """A model in eval mode from a folder in the released format: config.json and model.safetensors, or its shards
         with model.safetensors.index.json, in fp32, bf16, fp16 or the release's FP8.
 
-        dtype: of the weights; default as stored, and bfloat16 for FP8, which is dequantised. changes: fields of the
-        config to override. Where the config announces MTP modules and the files hold none (Hugging Face drops them),
-        the model has num_nextn_predict_layers=0. Peak memory: the model and one tensor, as tensors are read one by
-        one. ValueError, one sentence, for files that are damaged or hold other tensors than the config asks for.
+        dtype: of the weights; default as stored, and bfloat16 for FP8, which is dequantised; torch.float8_e4m3fn: linear
+        layers hold and compute in FP8 (fp8.py), the rest in bfloat16. changes: fields of the config to override. Where
+        the config announces MTP modules and the files hold none (Hugging Face drops them), the model has
+        num_nextn_predict_layers=0. Peak memory: the model and one tensor, as tensors are read one by one. ValueError,
+        one sentence, for files that are damaged or hold other tensors than the config asks for.
         """
         import checkpoint       # the formats of files, which nobody needs in order to read the model
         return checkpoint.load(cls, dir, dtype, device, **changes)

@@ -66,7 +66,12 @@ def load_released(path, device):
     for token in stop | {bos} - {None}:
         if type(token) is not int or not 0 <= token < enc.n_vocab:
             raise ValueError(f"{path}: bos or eos token {token!r} is not one of the tokenizer's {enc.n_vocab} ids")
-    model = DeepSeekV3.from_pretrained(path, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if device == "cuda" and settings.get("quantization_config"):
+        from fp8 import kernels_missing
+        if kernels_missing(torch.device(device)) is None:
+            dtype = torch.float8_e4m3fn
+    model = DeepSeekV3.from_pretrained(path, dtype, device)
     return model, enc, bos if tokenizer.get("add_bos_token") else None, stop, None
 
 

@@ -4,9 +4,10 @@ What FP8 does to the loss: training runs in BF16 and FP8 from the same seed over
     python tests/bench_fp8_loss.py --out_dir out-fp8            # about two hours on two cores; goes on where it stopped
     python tests/bench_fp8_loss.py --out_dir out-fp8 --plot fp8_loss.png        # needs: pip install matplotlib
 
-Four arithmetics, three seeds each, 1000 steps of the tiny preset:
+Five arithmetics, three seeds each, 1000 steps of the tiny preset with the report's optimizer, AdamW:
     bf16            autocast to bfloat16, the report's baseline
     fp8             its recipe: scales per 1x128 and 128x128, fp32 accumulation
+    fp32            no rounding to speak of: how far two runs drift apart of which neither is the better one
     per_tensor      one scale per matrix
     no_promotion    the recipe's scales, but sums kept to 14 bits all along K, as Hopper's tensor cores do by themselves
                     (emulated: the accumulator is truncated after every 32 products)
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import fp8  # noqa: E402
 
-VARIANTS = ("bf16", "fp8", "per_tensor", "no_promotion")
+VARIANTS = ("bf16", "fp8", "fp32", "per_tensor", "no_promotion")
 SMOOTHING = 0.95    # of the exponential moving average over steps
 
 
@@ -73,8 +74,9 @@ def train_one(variant, seed, args):
     out_dir = args.out_dir / f"{variant}-{seed}"
     flags = ["--resume", "--out_dir", str(out_dir)] if (out_dir / "ckpt.pt").exists() else [
         "--out_dir", str(out_dir), "--data_dir", args.data_dir, "--seed", str(seed), "--device", "cpu",
-        "--dtype", "bfloat16", "--batch_size", "8", "--max_iters", str(args.max_iters), "--eval_interval", "250",
-        "--log_interval", "1", "--fp8" if variant != "bf16" else "--no-fp8"]
+        "--dtype", "float32" if variant == "fp32" else "bfloat16", "--optimizer", "adamw", "--learning_rate", "3e-3",
+        "--batch_size", "8", "--max_iters", str(args.max_iters), "--eval_interval", "250", "--log_interval", "1",
+        "--no-fp8" if variant in ("bf16", "fp32") else "--fp8"]
     train.main(flags)
 
 
@@ -160,8 +162,8 @@ def main():
                                       env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
             print(f"{variant}, seed {seed}: " + ("done" if code == 0 else f"failed, see {output.name}"), flush=True)
         with ThreadPoolExecutor(args.jobs) as pool:
-            jobs = [(variant, seed) for pair in (VARIANTS[:2], VARIANTS[2:]) for seed in args.seeds for variant in pair]
-            list(pool.map(start, jobs))
+            list(pool.map(start, [(variant, seed) for variants in (VARIANTS[:3], VARIANTS[3:]) for seed in args.seeds
+                                  for variant in variants]))
     errors = report(args)
     if args.plot:
         plot(errors, args.plot)

@@ -178,6 +178,37 @@ def test_fp8_loads_dequantised(tmp_path, make_model, shards):
     assert torch.equal(DeepSeekV3.from_pretrained(tmp_path, torch.float32).model.layers[1].mlp.experts.up_proj[7], want)
 
 
+@pytest.mark.parametrize("stored_in_fp8", [True, False])
+def test_weights_can_stay_in_fp8(tmp_path, make_model, stored_in_fp8):
+    model = make_model(hidden_size=128, intermediate_size=256, moe_intermediate_size=128, q_lora_rank=128, kv_lora_rank=100,
+                       num_attention_heads=4, v_head_dim=32, initializer_range=0.05).bfloat16()
+    tensors = released(model, fp8=stored_in_fp8)
+    quantized = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}} if stored_in_fp8 else {}
+    write(tmp_path, tensors, config_json(model.config, **quantized))
+    held = DeepSeekV3.from_pretrained(tmp_path, torch.float8_e4m3fn)
+    plain = DeepSeekV3.from_pretrained(tmp_path, torch.float32)
+    kinds = {name: t.dtype for name, t in held.state_dict().items()}
+    for name in "self_attn.q_a_proj.weight", "self_attn.o_proj.weight", "mlp.experts.up_proj", "mlp.shared_experts.up_proj.weight":
+        assert kinds[f"model.layers.1.{name}"] == torch.float8_e4m3fn, name
+        assert kinds[f"model.layers.1.{name}_scale_inv"] == torch.float32
+    assert kinds["model.layers.3.eh_proj.weight"] == kinds["model.layers.1.self_attn.kv_b_proj.weight"] == torch.bfloat16
+    name = "model.layers.1.mlp.experts.7.down_proj.weight"
+    experts = held.model.layers[1].mlp.experts
+    if stored_in_fp8:
+        assert torch.equal(experts.down_proj[7].float(), tensors[name].float())
+        assert torch.equal(experts.down_proj_scale_inv[7], tensors[name + "_scale_inv"])
+    assert torch.allclose(weight_dequant(experts.down_proj[7], experts.down_proj_scale_inv[7]),
+                          plain.model.layers[1].mlp.experts.down_proj[7], rtol=0.07, atol=1e-4)
+    idx = torch.randint(61, (2, 40))
+    with torch.no_grad():
+        a, b = held(idx)[0].float(), plain(idx)[0]
+    assert (a - b).norm() < 0.2 * b.norm()      # activations are in FP8 too, and some tokens go to other experts
+    tokens = held.generate(idx[:1, :5], 12, temperature=0)
+    assert torch.equal(tokens, held.generate(idx[:1, :5], 12, temperature=0)) and tokens.shape == (1, 17)
+    with pytest.raises(ValueError, match="holds its weights in FP8"):
+        held.save_pretrained(tmp_path / "again")
+
+
 def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
     if sys.platform != "linux":
         pytest.skip("reads /proc/self/status")
