@@ -244,6 +244,25 @@ STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.floa
 FP8_FORMAT = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
+def released_folder(name):
+    """The folder of a released checkpoint: a path or, where there is none, an id on the Hugging Face Hub (owner/model),
+    whose files are downloaded by huggingface_hub. ImportError without that, ValueError if the Hub doesn't give them."""
+    path = Path(name)
+    if path.parent.exists() or path.is_absolute() or len(path.parts) != 2:
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError(f"there is no folder {name}; to fetch {name} from the Hugging Face Hub: pip install "
+                          "huggingface_hub") from None
+    try:
+        # never a pickle
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except (OSError, ValueError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(f"there is no folder {name}, and the Hugging Face Hub did not give {name}: {reason}") from None
+
+
 def released_tensors(model):
     """{name in a released checkpoint: tensor}, each expert by itself, and the names that only repeat another
     tensor: embedding and head of the MTP modules, and a tied head."""
@@ -267,7 +286,7 @@ def released_tensors(model):
 def load(cls, dir, dtype=None, device=None, **changes):
     """DeepSeekV3.from_pretrained; cls: DeepSeekV3."""
     from fp8 import E4M3, hold_in_fp8, quantize_reference, weight_dequant      # brings Triton, slow to import
-    dir = Path(dir)
+    dir = released_folder(dir)
     config = dataclasses.replace(read_config(dir), **changes)
     where = find_tensors(dir)       # {name: (file, dtype, shape)}
     layers, depth = config.num_hidden_layers, config.num_nextn_predict_layers

@@ -699,7 +699,8 @@ class DeepSeekV3(nn.Module):
     @classmethod
     def from_pretrained(cls, dir, dtype=None, device=None, **changes):
         """A model in eval mode from a folder in the released format: config.json and model.safetensors, or its shards
-        with model.safetensors.index.json, in fp32, bf16, fp16 or the release's FP8.
+        with model.safetensors.index.json, in fp32, bf16, fp16 or the release's FP8. dir may also be an id on the Hugging
+        Face Hub, owner/model, which is downloaded if huggingface_hub is installed.
 
         dtype: of the weights; default as stored, and bfloat16 for FP8, which is dequantised; torch.float8_e4m3fn: linear
         layers hold and compute in FP8 (fp8.py), the rest in bfloat16. changes: fields of the config to override. Where

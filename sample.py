@@ -18,16 +18,16 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint, load_run, load_shards, read_json
+from checkpoint import load_checkpoint, load_run, load_shards, read_json, released_folder
 from data.tokenizer import encoding_from_json, get_tokenizer, separator
 from model import DeepSeekV3, DeepSeekV3Config
 
 
 def load(path, device):
-    """A run's folder, its ckpt.pt or a released checkpoint's folder -> model in eval mode on the device (bfloat16 on a
+    """A run's folder, its ckpt.pt, or a released checkpoint's folder or id on the Hugging Face Hub -> model in eval mode on the device (bfloat16 on a
     GPU), tiktoken.Encoding, the token to put before prompts (or None), the set of tokens to stop at, and the number of
     tokens that the model was trained to see at a time (None: what its config allows)."""
-    path = Path(path)
+    path = released_folder(path)
     if (path / "config.json").is_file() and not (path / "ckpt.pt").is_file():
         return load_released(path, device)
     if not path.exists():
@@ -99,7 +99,8 @@ def read_prompt(prompt, enc):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--ckpt", required=True, help="folder of a run, or its ckpt.pt")
+    parser.add_argument("--ckpt", required=True, help="folder of a run, its ckpt.pt, or a released checkpoint's folder or "
+                                                      "id on the Hugging Face Hub")
     parser.add_argument("--prompt", help="text to continue, or FILE:path")
     parser.add_argument("--max_new_tokens", type=int, default=500)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")

@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (crc32, load_run, load_shards, read_config, save_run, save_shards, set_aside, sole_process,
-                        write_atomically, writing)
+from checkpoint import (crc32, load_run, load_shards, read_config, released_folder, save_run, save_shards, set_aside,
+                        sole_process, write_atomically, writing)
 from data.prepare import prepare
 from data.tokenizer import encoding_from_json, encoding_to_json, get_tokenizer, token_lengths
 from model import MTP, DeepSeekV3, DeepSeekV3Config, Gate
@@ -147,6 +147,7 @@ def configure(given):
     elif "init_from" in given:
         if "preset" in given:
             raise ValueError("--preset and --init_from contradict each other: the folder has its own config.json")
+        given["init_from"] = train_flags["init_from"] = str(released_folder(given["init_from"]))
         config = read_config(Path(given["init_from"]))
         for name in model_flags.keys() - set(FREE_OF_WEIGHTS):
             raise ValueError(f"--{name} can't be given with --init_from, as the weights of {given['init_from']} decide "

@@ -6,11 +6,13 @@ import random
 import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+import checkpoint
 import sample
 import train
 from checkpoint import load_checkpoint
@@ -176,6 +178,35 @@ def test_fp8_loads_dequantised(tmp_path, make_model, shards):
     expert = "model.layers.1.mlp.experts.7.up_proj.weight"
     want = weight_dequant(tensors[expert], tensors[expert + "_scale_inv"])
     assert torch.equal(DeepSeekV3.from_pretrained(tmp_path, torch.float32).model.layers[1].mlp.experts.up_proj[7], want)
+
+
+def test_a_hub_id_is_fetched_by_huggingface_hub_and_nothing_else_is(tmp_path, make_model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(name)
+        assert not any("bin" in p or "pt" in p for p in allow_patterns)
+        if name == "some/typo":
+            raise OSError("404 Client Error.\nRepository Not Found")
+        return str(tmp_path / "cache")
+
+    model = make_model()
+    write(tmp_path / "cache", released(model), config_json(model.config))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    loaded = DeepSeekV3.from_pretrained("owner/model")
+    assert asked == ["owner/model"] and torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    with pytest.raises(ValueError, match="^there is no folder some/typo, .* 404 Client Error. Repository Not Found$"):
+        DeepSeekV3.from_pretrained("some/typo")
+    (tmp_path / "out").mkdir()
+    for path in "cache", "out/run", str(tmp_path / "a" / "b"), "a/b/c", "nothing":       # a path, there or not
+        assert checkpoint.released_folder(path) == Path(path)
+    assert len(asked) == 2
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match="no folder owner/model.*pip install huggingface_hub"):
+        DeepSeekV3.from_pretrained("owner/model")
+    with pytest.raises(SystemExit, match="^sample.py: there is no folder owner/model.*pip install huggingface_hub"):
+        sample.main(["--ckpt", "owner/model"])
 
 
 @pytest.mark.parametrize("stored_in_fp8", [True, False])
