@@ -4,8 +4,8 @@ The files of a run of train.py, and released checkpoints: those of DeepSeek-V3 a
 A run's OUT/ckpt.pt is what torch.save writes, and behind that its CRC-32, which torch.load doesn't mind. It is checked
 before the file takes the place of the one before it, and again whenever it is used.
 
-A released folder holds config.json and model.safetensors, or shards of it with model.safetensors.index.json. Beside model.py's
-stacked experts there are three things to know: each expert is a tensor by itself; the MTP modules, layers
+A released folder holds config.json and model.safetensors, or shards of it with model.safetensors.index.json. Beside
+model.py's stacked experts there are three things to know: each expert is a tensor by itself; the MTP modules, layers
 num_hidden_layers and up, repeat embedding and head; and `weight` may be FP8 with a `weight_scale_inv` for each 128x128
 block, which multiplies. Use it as DeepSeekV3.from_pretrained and save_pretrained.
 """
@@ -88,32 +88,39 @@ def save_run(out_dir, state):
 
 
 def save_shards(out_dir, state, model, optimizer):
-    """The like of save_run for a sharded model, called by all ranks: a folder OUT/ckpt, and OUT/ckpt.prev. The tensors are
-    written by torch.distributed.checkpoint as safetensors (its own format has pickles), state and checksums into run.pt."""
+    """The like of save_run for a sharded model, called by all ranks: a folder OUT/ckpt, and OUT/ckpt.prev. Tensors go into
+    safetensors by torch.distributed.checkpoint (whose own format has pickles), state and checksums into run.pt."""
     from torch.distributed import checkpoint as dcp     # half a second that only sharded runs need
     path, previous, temporary = (out_dir / name for name in ("ckpt", "ckpt.prev", "ckpt.tmp"))
     rank, sums = dist.get_rank(), [None] * dist.get_world_size()
-    with writing(path):
+    try:
+        with writing(path):
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+            dist.barrier()
+            dcp.save(shards(model, optimizer),
+                     storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+            own = {}
+            for file in temporary.glob(f"shard-{rank + 1:05}-*"):
+                with open(file, "rb+") as f:
+                    os.fsync(f.fileno())
+                own[file.name] = crc32(file)
+            dist.all_gather_object(sums, own)
+            if rank == 0:
+                write_atomically(temporary / "run.pt", lambda f: save_summed(
+                    {**state, "sums": {k: v for part in sums for k, v in part.items()}}, f), check_sum)
+                shutil.rmtree(previous, ignore_errors=True)
+                if path.exists():
+                    os.replace(path, previous)
+                os.replace(temporary, path)     # killed just before: path is missing, previous is there
+    except dcp.CheckpointException as e:        # on all ranks, whichever it was that failed
+        reason = " ".join(str(next(iter(e.failures.values()))[0]).split())[:200]
+        raise OSError(f"{path} can't be written ({reason}); what was there before is intact: make room, then go on with "
+                      "--resume") from None
+    finally:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        dist.barrier()
-        dcp.save(shards(model, optimizer),
-                 storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-        own = {}
-        for file in temporary.glob(f"shard-{rank + 1:05}-*"):
-            with open(file, "rb+") as f:
-                os.fsync(f.fileno())
-            own[file.name] = crc32(file)
-        dist.all_gather_object(sums, own)
-        if rank == 0:
-            write_atomically(temporary / "run.pt", lambda f: save_summed(
-                {**state, "sums": {k: v for part in sums for k, v in part.items()}}, f), check_sum)
-            shutil.rmtree(previous, ignore_errors=True)
-            if path.exists():
-                os.replace(path, previous)
-            os.replace(temporary, path)
-        dist.barrier()
 
 
 def load_shards(path, model, optimizer=None):

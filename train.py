@@ -131,13 +131,14 @@ def configure(given):
         except TypeError as e:
             raise ValueError(f"{path} is of another version of train.py ({e}); go on with that one") from None
         for f in dataclasses.fields(cfg):
-            if type(value := getattr(cfg, f.name)) is not f.type and (value is not None or f.name not in ("init_from", "compile")):
+            value = getattr(cfg, f.name)
+            if type(value) is not f.type and (value is not None or f.name not in ("init_from", "compile")):
                 raise ValueError(f"{path} has {f.name}={value!r}, which is not of type {f.type.__name__}")
         per_step = ranks()[1] * cfg.batch_size * cfg.gradient_accumulation_steps
         if per_step != ckpt["sequences_per_step"]:
             raise ValueError(f"--batch_size {cfg.batch_size} contradicts {path}: with {ranks()[1]} ranks and "
-                             f"--gradient_accumulation_steps {cfg.gradient_accumulation_steps} it makes {per_step} sequences "
-                             f"per step, and the run has {ckpt['sequences_per_step']}")
+                             f"--gradient_accumulation_steps {cfg.gradient_accumulation_steps} it makes {per_step} "
+                             f"sequences per step, and the run has {ckpt['sequences_per_step']}")
         if ".prev" in path.name:
             set_aside(path, ckpt)
         model_flags = {}
@@ -206,7 +207,8 @@ def pick_device(cfg):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name)
+        local_rank = os.environ.get("LOCAL_RANK")
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" and local_rank else name)
         torch.zeros(1, device=device)
         if device.index is not None:
             torch.cuda.set_device(device)
@@ -214,7 +216,8 @@ def pick_device(cfg):
         raise ValueError(f"--device {name} can't be used here: {str(e).splitlines()[0]}") from None
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
-    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda"
+                                       and torch.cuda.is_bf16_supported(False))
     return device, torch.bfloat16 if bf16 else torch.float32
 
 
@@ -463,7 +466,7 @@ def sharded_model(config, device, dtype, init_from=None):
         for module in [m for m in block.modules() if isinstance(m, Gate)]:
             fully_shard(module, mesh=mesh)                      # the router computes in fp32
         if isinstance(block, MTP):
-            fully_shard(block.shared_head.norm, mesh=mesh)      # is called after the block, which has dropped its weights
+            fully_shard(block.shared_head.norm, mesh=mesh)      # runs after the block, which has dropped its weights
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)       # embedding, final norm, head: in fp32, for the residual stream
     model.to_empty(device=device)
@@ -472,9 +475,10 @@ def sharded_model(config, device, dtype, init_from=None):
                              options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
         return model
     with torch.no_grad():
-        for p in model.parameters():    # as in DeepSeekV3.__init__, whole, so that it doesn't depend on the number of ranks
+        for p in model.parameters():    # as in DeepSeekV3.__init__; whole, so that the number of ranks doesn't matter
             whole = torch.ones(p.shape, device=device)
-            whole = whole.normal_(std=config.initializer_range) if p.dim() > 1 else whole
+            if p.dim() > 1:
+                whole.normal_(std=config.initializer_range)
             p.copy_(distribute_tensor(whole, mesh, p.placements, src_data_rank=None))
         for router_bias in model.buffers():
             router_bias.zero_()
@@ -553,7 +557,8 @@ def run(given, rank, world):
         keep_freed_memory()
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")      # TF32 for what stays in fp32 on a GPU
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it cuBLAS may differ from run to run
+    if cfg.deterministic:       # without it cuBLAS may differ from run to run
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(cfg.deterministic)
     if cfg.fsdp:
         raw_model = sharded_model(config, device, dtype, None if ckpt else cfg.init_from)
@@ -600,7 +605,10 @@ def run(given, rank, world):
         if cfg.fsdp:
             save_shards(out_dir, state, raw_model, *optimizers)
         elif rank == 0:
-            save_run(out_dir, {**state, "model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
+            save_run(out_dir, state | {"model": raw_model.state_dict(),
+                                       "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+        if world > 1:       # torchrun ends all ranks when one ends, so none may before the file is there
+            dist.barrier()
 
     saved = out_dir / ("ckpt" if cfg.fsdp else "ckpt.pt")
     sequences_per_step = world * cfg.batch_size * cfg.gradient_accumulation_steps
@@ -641,8 +649,8 @@ def run(given, rank, world):
                 x, y = x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
             else:
                 x, y = x.to(device), y.to(device)
-            # DDP, as nanoGPT has it: gradients are averaged over the ranks with the last micro-batch only
-            model.require_backward_grad_sync = micro_step == cfg.gradient_accumulation_steps - 1
+            if isinstance(model, DistributedDataParallel):      # averages the gradients with the last micro-batch only
+                model.require_backward_grad_sync = micro_step == cfg.gradient_accumulation_steps - 1
             with autocast():
                 _, loss, aux = model(x, y, doc_ids=doc_ids(x), mtp_loss_weight=config.mtp_loss_weight * lam)
             (loss / cfg.gradient_accumulation_steps).backward()
@@ -657,7 +665,7 @@ def run(given, rank, world):
         if cfg.fsdp:
             grad_norm = grad_norm.full_tensor()
         # One NaN or infinity would spread to every weight: such a step changes nothing. To know in time, the CPU waits
-        # for the GPU here, which costs the few microseconds that it could have queued kernels ahead
+        # for the GPU here, at the cost of queueing no kernels ahead of it
         finite, stop = torch.stack([torch.isfinite(losses.sum() + grad_norm), losses[4] > 0]).tolist()
         if finite:
             for optimizer in optimizers:
@@ -691,27 +699,27 @@ def run(given, rank, world):
                      "skipped": skipped}
             left = int(seconds * (cfg.max_iters - step))
             mfu = f"{entry['mfu']:.1%}" if peak else "n/a"
-            dead = f" dead {entry['dead_experts']}" if entry["dead_experts"] else ""    # experts without a token in the step
+            dead = f" dead {entry['dead_experts']}" if entry["dead_experts"] else ""    # no token of this step
             print(f"step {step}/{cfg.max_iters} | loss {loss:.3f} main {main_loss:.3f} mtp {mtp_loss:.3f} | "
                   f"norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | maxvio {entry['max_vio']:.2f}{dead} | "
                   f"{entry['tokens_per_s']:,.0f} tok/s | mfu {mfu} | "
                   f"{left // 60}:{left % 60:02d} left", flush=True)
             if evaluate:
-                entry |= validation.evaluate(model, cfg.batch_size, device, autocast, doc_ids)
+                val = validation.evaluate(model, cfg.batch_size, device, autocast, doc_ids)
+                entry |= val
             entry["elapsed_s"] = time.monotonic() - START
             if rank == 0:
+                entry = {k: v if v is not None and math.isfinite(v) else None for k, v in entry.items()}    # JSON has no NaN
                 with writing(out_dir / "log.jsonl"), open(out_dir / "log.jsonl", "a") as f:
-                    f.write(json.dumps({k: v if v is None or math.isfinite(v) else None for k, v in entry.items()}) + "\n")
+                    f.write(json.dumps(entry) + "\n")
             if evaluate:
                 save_checkpoint()
-                print(f"step {step}/{cfg.max_iters} | val loss {entry['val_loss']:.4f} nats/token, "
-                      f"{entry['val_bpb']:.4f} bits/byte | saved {saved}", flush=True)
+                print(f"step {step}/{cfg.max_iters} | val loss {val['val_loss']:.4f} nats/token, "
+                      f"{val['val_bpb']:.4f} bits/byte | saved {saved}", flush=True)
             timer, timed_steps = time.monotonic(), 0
 
     if stopped := stop and step < cfg.max_iters:
         save_checkpoint()
-    if world > 1:       # torchrun ends all ranks when one has ended
-        dist.barrier()
     for number, handler in before.items():
         signal.signal(number, handler)
     if stopped:

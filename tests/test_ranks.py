@@ -189,6 +189,10 @@ def test_what_is_wrong_is_said_in_one_sentence(data_dir, tmp_path, torchrun):  #
     full = "train.save_run = lambda *a: (_ for _ in ()).throw(OSError('the disk is full'))"
     _, err = torchrun(2, tmp_path / "out", "--max_iters", 3, "--eval_interval", 1, patch=full)[1](1)
     assert err == ["train.py: the disk is full\n", lost]
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
+    _, err = torchrun(2, tmp_path / "fsdp", "--max_iters", 3, "--eval_interval", 1, "--fsdp", "--optimizer", "adamw", patch=full)[1](1)
+    assert all("ckpt can't be written (" in said and said.count("\n") == 1 for said in err), err
+    assert {p.name for p in (tmp_path / "fsdp").iterdir()} == {"log.jsonl", "lock"}
 
 
 # ------------------------------------------------------------------------------------------------------------ sharded
