@@ -628,7 +628,7 @@ class DeepSeekV3(nn.Module):
         cos, sin = rope_cos_sin(self.config, pos, pos + idx.size(1), idx.device)
         stats = []
         for i in range(self.config.num_hidden_layers):
-            x, layer_stats = self.model.layers[i](x, cos, sin, mask, None if cache is None else cache[i], pos)
+            x, layer_stats = self.model.layers[i](x, cos, sin, mask, cache=None if cache is None else cache[i], pos=pos)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return self.model.norm(x), stats
