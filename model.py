@@ -207,7 +207,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+        h = x.float()       # in eager mode on a CPU, F.rms_norm takes 1.5 times as long, forward and backward
+        return (h * torch.rsqrt((h * h).sum(-1, keepdim=True) / h.size(-1) + self.eps) * self.weight).type_as(x)
 
 
 def rope_inv_freq(config, device=None):
@@ -256,7 +257,8 @@ def rotate(x, cos, sin):
     x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)                        # (B, T, ..., R/2) each
     if x.dim() == 4:
         cos, sin = cos[:, None], sin[:, None]                                   # (T, 1, R/2): the same for all heads
-    return torch.stack([x0 * cos - x1 * sin, x1 * cos + x0 * sin], dim=-1).flatten(-2).type_as(x)
+    y0, y1 = torch.addcmul(x0 * cos, x1, sin, value=-1), torch.addcmul(x1 * cos, x0, sin)
+    return torch.stack([y0, y1], dim=-1).flatten(-2).type_as(x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -305,9 +307,10 @@ class MLA(nn.Module):
         q_c, q_r = q.view(B, T, self.H, self.d_qk).split([self.d_nope, self.d_rope], -1)    # (B, T, H, ·)
         c_kv, k_r = self.kv_a_proj_with_mqa(x).split([self.d_c, self.d_rope], -1)           # Eq. 1; (B, T, ·)
         c_kv = self.kv_a_layernorm(c_kv)
-        q_r, k_r = rotate(q_r, cos, sin), rotate(k_r, cos, sin)                             # Eq. 8, 3
+        # k_r goes along as one head more
+        q_r, k_r = rotate(torch.cat([q_r, k_r[:, :, None]], 2), cos, sin).split([self.H, 1], 2)     # Eq. 8, 3
         if cache is not None:
-            cache[:, pos:pos + T] = torch.cat([c_kv, k_r], -1)
+            cache[:, pos:pos + T] = torch.cat([c_kv, k_r[:, :, 0]], -1)
         if pos == 0:
             o = self.attend_naive(q_c, q_r, c_kv, k_r, mask)
         else:
@@ -315,12 +318,13 @@ class MLA(nn.Module):
         return self.o_proj(o.flatten(2))                                                    # Eq. 11
 
     def attend_naive(self, q_c, q_r, c_kv, k_r, mask=None):
-        """Eq. 2-5, 9, 10 as they stand. q_c, q_r: (B, T, H, ·); c_kv, k_r: (B, T, ·). Returns (B, T, H, d_v)."""
+        """Eq. 2-5, 9, 10 as they stand. q_c, q_r: (B, T, H, ·); c_kv: (B, T, d_c); k_r: (B, T, 1, d_rope).
+        Returns (B, T, H, d_v)."""
         B, T, H, _ = q_c.shape
         kv = self.kv_b_proj(c_kv).view(B, T, H, self.d_nope + self.d_v)
         k_c, v = kv.split([self.d_nope, self.d_v], -1)                                      # Eq. 2, 5
         q = torch.cat([q_c, q_r], -1).transpose(1, 2)                                       # Eq. 9; (B, H, T, d_qk)
-        k = torch.cat([k_c, k_r[:, :, None].expand(-1, -1, H, -1)], -1).transpose(1, 2)     # Eq. 4; (B, H, T, d_qk)
+        k = torch.cat([k_c, k_r.expand(-1, -1, H, -1)], -1).transpose(1, 2)                 # Eq. 4; (B, H, T, d_qk)
         # SDPA's fast kernels want one head size: zeros appended to v come out as zeros and are cut off
         v = F.pad(v, (0, max(self.d_qk - self.d_v, 0))).transpose(1, 2)                     # (B, H, T, d_qk)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)
@@ -332,16 +336,18 @@ class MLA(nn.Module):
         q_c · (W^UK c_kv) = (W^UK^T q_c) · c_kv, so the latent itself is key and value of all heads (multi-query
         attention), and W^UV follows the weighted sum. q_c, q_r: (B, T, H, ·); cache: (B, S, d_c + d_rope).
         """
-        T, S = q_c.size(1), cache.size(1)
-        w = self.kv_b_proj.weight.view(self.H, self.d_nope + self.d_v, self.d_c)
+        (B, T, H, _), S = q_c.shape, cache.size(1)
+        w = self.kv_b_proj.weight.view(H, self.d_nope + self.d_v, self.d_c).type_as(q_c)
         w_uk, w_uv = w.split([self.d_nope, self.d_v], 1)                                    # (H, ·, d_c)
-        q = torch.cat([torch.einsum("bthn,hnc->bthc", q_c, w_uk.type_as(q_c)), q_r], -1)    # (B, T, H, d_c + d_rope)
+        q_c = torch.bmm(q_c.flatten(0, 1).transpose(0, 1), w_uk).transpose(0, 1)           # (B*T, H, d_c)
+        q = torch.cat([q_c.view(B, T, H, -1), q_r], -1)                                     # (B, T, H, d_c + d_rope)
         kv = cache[:, None].type_as(q)                                                      # (B, 1, S, d_c + d_rope)
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T > 1 else None
         # k_r rides along as part of the "value", so that key and value are one tensor, and is cut off
         o = F.scaled_dot_product_attention(q.transpose(1, 2), kv, kv, attn_mask=mask, scale=self.softmax_scale,
                                            enable_gqa=True)[..., :self.d_c]                 # (B, H, T, d_c)
-        return torch.einsum("bhtc,hvc->bthv", o, w_uv.type_as(o))                           # (B, T, H, d_v)
+        o = torch.bmm(o.transpose(0, 1).flatten(1, 2), w_uv.mT)                           # (H, B*T, d_v)
+        return o.transpose(0, 1).view(B, T, H, -1)                                          # (B, T, H, d_v)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -461,7 +467,7 @@ class Experts(nn.Module):
         # On a CPU grouped_mm costs a call per expert, idle or not: the few slots of a decoding step do without
         few = x.device.type == "cpu" and N * K < load.size(0)
         y = self.gathered(x, slots, K) if few else self.grouped(x, slots, K, load)          # (N*K, D)
-        return torch.einsum("nkd,nk->nd", y.view(N, K, -1), weights.type_as(y)), load
+        return torch.bmm(weights.type_as(y)[:, None], y.view(N, K, -1))[:, 0], load
 
     def grouped(self, x, slots, K, load):
         """Sort the slots by expert, so that each expert's rows are one matrix product. Returns (N*K, D), by slot."""
@@ -474,9 +480,13 @@ class Experts(nn.Module):
 
     def gathered(self, x, slots, K):
         """Copy out each slot's expert and multiply them as one batch. Returns (N*K, D), by slot."""
+        _, I, D = self.gate_proj.shape
+        # an expert's matrix as I pieces of D numbers: PyTorch shares out the copying of many pieces to the cores
+        pieces = (slots[:, None] * I + torch.arange(I, device=x.device)).flatten()          # (N*K*I,)
+
         def linear(x, weight):              # x: (N*K, 1, in), weight: (E, out, in)
-            return x @ weight.index_select(0, slots).mT
-        x = x.repeat_interleave(K, 0)[:, None]                                              # (N*K, 1, D)
+            return torch.bmm(x, weight.view(-1, D).index_select(0, pieces).view(-1, *weight.shape[1:]).mT)
+        x = x[:, None].expand(-1, K, -1).reshape(-1, 1, D)                                  # (N*K, 1, D)
         return linear(F.silu(linear(x, self.gate_proj)) * linear(x, self.up_proj), self.down_proj)[:, 0]
 
 
@@ -618,7 +628,7 @@ class DeepSeekV3(nn.Module):
         cos, sin = rope_cos_sin(self.config, pos, pos + idx.size(1), idx.device)
         stats = []
         for i in range(self.config.num_hidden_layers):
-            x, layer_stats = self.model.layers[i](x, cos, sin, mask, None if cache is None else cache[i], pos)
+            x, layer_stats = self.model.layers[i](x, cos, sin, mask, cache=None if cache is None else cache[i], pos=pos)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return self.model.norm(x), stats
@@ -739,6 +749,7 @@ class DeepSeekV3(nn.Module):
         overwritten. ValueError for a token id out of range or more tokens than the cache holds."""
         return self.lm_head(self._prefill(idx, cache, pos))
 
+    @torch.inference_mode()
     def _prefill(self, idx, cache, pos=0):
         """h^0 (B, T, D) of T tokens from pos on, in chunks, so that memory stays bounded however long the prompt."""
         end = pos + idx.size(1)
@@ -753,7 +764,7 @@ class DeepSeekV3(nn.Module):
         """idx (B, T) int64 -> (B, T + new) int64; the arguments are generate_stream's."""
         return torch.cat([idx, *self.generate_stream(idx, max_new_tokens, *args, **kwargs)], 1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate_stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, speculative=None, stop=(),
                         generator=None, stats=None):
         """Continue the prompts idx (B, T) int64; yields tokens (B, 1) int64 as they come.
@@ -792,7 +803,9 @@ class DeepSeekV3(nn.Module):
         while True:
             for token in new.split(1, 1)[:end - p]:
                 last = torch.where(done, last, token)
-                yield last
+                with torch.inference_mode(False):       # a tensor that training may use
+                    token = last.clone()
+                yield token
                 done = done | torch.isin(last, stop)
                 if stop.numel() and done.all():
                     return
@@ -833,8 +846,8 @@ class DeepSeekV3(nn.Module):
 
     @staticmethod
     def _sample(probs, generator):
-        """probs: (B, 1, V) -> (B, 1) int64."""
-        return torch.multinomial(probs[:, 0], 1, generator=generator)
+        """probs: (B, 1, V) -> (B, 1) int64. What torch.multinomial does, without its checks, which wait for a GPU."""
+        return (probs[:, 0] / torch.empty_like(probs[:, 0]).exponential_(generator=generator)).argmax(-1, keepdim=True)
 
     def _verify(self, drafts, q, p, done, generator):
         """Speculative sampling (arXiv 2211.17192): the tokens to keep, (B, n + 1), distributed exactly as p.
@@ -858,7 +871,7 @@ class DeepSeekV3(nn.Module):
         if n < depth:
             excess = (p[:, n] - q[:, n]).clamp(min=0)
             residual = torch.where(excess.sum(-1, keepdim=True) > 0, excess, residual)
-        token = torch.multinomial(residual, 1, generator=generator)                         # (B, 1)
+        token = self._sample(residual[:, None], generator)                                  # (B, 1)
         if n < depth:       # a row that accepted draft n keeps it
             token = torch.where(accepted[:, None] > n, drafts[:, n:n + 1], token)
         return torch.cat([drafts[:, :n], token], 1)

@@ -2,12 +2,14 @@
 Decoding speed beside transformers' DeepseekV3ForCausalLM with the same weights, where it is installed.
 
     python tests/bench_decode.py                        # the table: prefill and plain decode, ratios in one run
+    python tests/bench_decode.py --compile              # with our steps under torch.compile as well
     python tests/bench_decode.py --ckpt out             # plain against speculative decoding of a trained model
 
 Medians of repeated runs, the contestants taking turns, so that a noisy machine disturbs all of them alike.
 """
 
 import argparse
+import copy
 import resource
 import statistics
 import sys
@@ -19,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model import DeepSeekV3, DeepSeekV3Config  # noqa: E402
+from sample import compile_steps, continuation, load, read_prompt  # noqa: E402
 
 BENCH = dict(vocab_size=512, hidden_size=256, num_hidden_layers=6, first_k_dense_replace=1, num_attention_heads=8,
              q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
@@ -96,33 +99,35 @@ def measure(contestants, length):
     return {name: tuple(map(statistics.median, pair)) for name, pair in times.items()}
 
 
-def compare():
+def compare(compile):
     torch.manual_seed(0)
     model = DeepSeekV3(DeepSeekV3Config(**BENCH)).eval()
+    print(f"config bench: {model.num_params():,} parameters, batch 1, fp32, {torch.get_num_threads()} threads")
+    cache = sum(c.numel() * c.element_size() for c in model.new_cache(1, 4096 + 1))
+    for _ in model.generate_stream(torch.zeros(1, 1, dtype=torch.int64), 4096):
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024        # before others load their models
+    print(f"4096 tokens generated: cache {cache / 2**20:.1f} MiB, peak memory of the process {peak:.0f} MiB, of which "
+          f"{model.num_params() * 4 / 2**20:.0f} MiB are weights and the rest mostly PyTorch itself", flush=True)
     contestants = {"ours": Ours(model)}
+    if compile:
+        contestants["ours compiled"] = Ours(copy.deepcopy(model))
+        compile_steps(contestants["ours compiled"].model)
     for implementation in ("eager", "grouped_mm"):
         if (theirs := transformers_model(model, implementation)) is not None:
             contestants[f"transformers {implementation}"] = Theirs(theirs)
     if len(contestants) == 1:
         print("transformers is not installed: only our own times (pip install transformers)")
-    print(f"config bench: {model.num_params():,} parameters, batch 1, fp32, {torch.get_num_threads()} threads")
     print(f"{'prompt':>6}  {'contestant':<24}{'prefill ms':>12}{'ms/token':>10}{'prefill x':>11}{'decode x':>10}")
     for length in (128, 512, 2048):
         found = measure(contestants, length)
         for name, (prefill, step) in found.items():
             print(f"{length:>6}  {name:<24}{prefill * 1e3:>12.1f}{step * 1e3:>10.2f}"
                   f"{prefill / found['ours'][0]:>11.2f}{step / found['ours'][1]:>10.2f}", flush=True)
-    cache = sum(c.numel() * c.element_size() for c in model.new_cache(1, 4096 + 1))
-    for _ in model.generate_stream(torch.zeros(1, 1, dtype=torch.int64), 4096):
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"4096 tokens generated: cache {cache / 2**20:.1f} MiB, peak memory of the process, every contestant "
-          f"included, {peak:.0f} MiB")
 
 
 def speculation(ckpt):
     """Tokens per second of greedy and sampled text, plain and speculative in turns, on a trained model."""
-    from sample import continuation, load, read_prompt
     model, enc, _, _, window = load(ckpt, "cpu")
     print(f"{'temperature':>11}{'plain tok/s':>13}{'speculative':>13}{'ratio':>7}{'accepted':>10}{'tokens/forward':>16}"
           f"{'ms/forward plain':>18}{'speculative':>13}")
@@ -148,5 +153,6 @@ def speculation(ckpt):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="a run of train.py: measure speculation on it instead")
+    parser.add_argument("--compile", action="store_true", help="compile our decoding steps too")
     args = parser.parse_args()
-    speculation(args.ckpt) if args.ckpt else compare()
+    speculation(args.ckpt) if args.ckpt else compare(args.compile)

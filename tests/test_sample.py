@@ -2,12 +2,15 @@
 
 import copy
 import math
+import os
+import shutil
 
 import pytest
 import torch
 
 import model as model_module
 from model import sampling_probs
+from sample import compile_steps
 
 
 def plain_greedy(model, idx, n):
@@ -27,6 +30,26 @@ def test_greedy_is_the_argmax_of_the_whole_forward(make_model, depth, batch, mon
         expected = plain_greedy(model, idx, 20)
         for speculative in (None, False):
             assert torch.equal(model.generate(idx, 20, temperature=0, speculative=speculative), expected)
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_steps_give_the_same_tokens(make_model):
+    model = make_model(num_hidden_layers=1, first_k_dense_replace=0)        # one layer: compiling takes its time
+    idx = torch.randint(0, 61, (1, 9))
+    expected = model.generate(idx, 60, temperature=0)
+    compile_steps(model)
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(model.generate(idx, 60, temperature=0), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1      # for every length of the cache
+
+
+def test_generated_tokens_can_be_trained_on(make_model):
+    """Generation runs in inference mode, whose tensors autograd refuses: none may leave it."""
+    model = make_model().train()
+    idx = torch.tensor([[1, 2]])
+    for tokens in (model.generate(idx, 4), *model.generate_stream(idx, 1)):
+        model(tokens, tokens)[1].backward()
+    (model.decode(idx, model.new_cache(1, 2), 0) * torch.ones(61, requires_grad=True)).sum().backward()
 
 
 @pytest.fixture(scope="module")
