@@ -4,10 +4,12 @@ Generate text from a run of train.py or a released checkpoint.
     python sample.py --ckpt out
     python sample.py --ckpt out --prompt "def binary_search(" --temperature 0.5 --num_samples 3
     python sample.py --ckpt out --prompt FILE:notes.txt --top_p 0.9 --seed 7
+    python sample.py --ckpt out --prefix "def add(a, b):" --suffix "return c"     # what comes between the two
     python sample.py --ckpt Moonlight-16B-A3B --prompt "Once"           # a folder with config.json and *.safetensors
 
 Without a prompt a new document is begun. Generation ends with the document, or after --max_new_tokens. Where the text
-outgrows the --block_size that the model was trained with, it goes on from the last half of that.
+outgrows the --block_size that the model was trained with, it goes on from the last half of that. A hole between --prefix
+and --suffix is filled by models whose data were prepared with --fim_rate.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_checkpoint, load_run, load_shards, read_json, released_folder
-from data.tokenizer import encoding_from_json, get_tokenizer, separator
+from data.tokenizer import encode, encoding_from_json, fim_ids, get_tokenizer, separator
 from model import DeepSeekV3, DeepSeekV3Config
 
 
@@ -89,25 +91,41 @@ def compile_steps(model):
         layer.forward = partial(forward, layer.forward, torch.compile(layer.forward, dynamic=True))
 
 
-def read_prompt(prompt, enc):
-    """--prompt -> its text and its tokens, (1, T) int64; None begins a document."""
-    if prompt is None:
-        return "", torch.tensor([[separator(enc)]])
+def read_text(prompt, flag="--prompt"):
+    """The text that a flag gives, itself or as FILE:path."""
     if prompt.startswith("FILE:"):
         text = Path(prompt.removeprefix("FILE:")).read_bytes()
         try:
             prompt = text.decode("utf-8")
         except UnicodeDecodeError as e:
-            raise ValueError(f"--prompt {prompt}: the file is not UTF-8 text ({e.reason} at byte {e.start}); convert "
+            raise ValueError(f"{flag} {prompt}: the file is not UTF-8 text ({e.reason} at byte {e.start}); convert "
                              "it to UTF-8") from None
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as e:
-        raise ValueError(f"--prompt holds {prompt[e.start]!r} at character {e.start}, which is not text that a "
-                         "tokenizer knows; give the prompt in UTF-8") from None
+        raise ValueError(f"{flag} holds {prompt[e.start]!r} at character {e.start}, which is not text that a "
+                         "tokenizer knows; give it in UTF-8") from None
+    return prompt
+
+
+def read_prompt(prompt, enc):
+    """--prompt -> its text and its tokens, (1, T) int64; None begins a document."""
+    if prompt is None:
+        return "", torch.tensor([[separator(enc)]])
+    prompt = read_text(prompt)
     if not prompt:
         raise ValueError("the prompt is empty; leave --prompt out to begin a new document")
     return prompt, torch.tensor([enc.encode(prompt, allowed_special="all")])
+
+
+def read_hole(prefix, suffix, enc, window, max_new_tokens):
+    """--prefix, --suffix -> the tokens that ask for the middle, (1, T) int64, and how many new ones have room."""
+    begin, hole, end = fim_ids(enc)
+    idx = torch.tensor([[separator(enc), begin, *encode(enc, prefix), hole, *encode(enc, suffix), end]])
+    if window is not None and idx.size(1) >= window:
+        raise ValueError(f"--prefix and --suffix make {idx.size(1)} tokens, which leave no room for a middle in the "
+                         f"{window} that the model was trained to see; shorten them")
+    return idx, max_new_tokens if window is None else min(max_new_tokens, window - idx.size(1))
 
 
 def main(argv=None):
@@ -116,6 +134,8 @@ def main(argv=None):
     parser.add_argument("--ckpt", required=True, help="folder of a run, its ckpt.pt, or a released checkpoint's folder or "
                                                       "id on the Hugging Face Hub")
     parser.add_argument("--prompt", help="text to continue, or FILE:path")
+    parser.add_argument("--prefix", help="fill in the middle: text before the hole, or FILE:path")
+    parser.add_argument("--suffix", help="text after the hole, or FILE:path")
     parser.add_argument("--max_new_tokens", type=int, default=500)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     parser.add_argument("--top_k", type=int, help="sample from the k likeliest tokens only")
@@ -131,16 +151,23 @@ def main(argv=None):
             raise ValueError(f"--num_samples must be at least 1, got {args.num_samples}")
         if args.max_new_tokens < 0:
             raise ValueError(f"--max_new_tokens must be at least 0, got {args.max_new_tokens}")
+        if args.prompt is not None and (args.prefix is not None or args.suffix is not None):
+            raise ValueError("--prompt is text to continue, --prefix and --suffix surround a hole; give one or the other")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, enc, bos, stop, window = load(args.ckpt, device)
         if args.compile:
             compile_steps(model)
-        prompt, idx = read_prompt(args.prompt, enc)
-        if bos is not None and idx[0, 0] != bos:
-            idx = torch.cat([torch.tensor([[bos]]), idx], 1) if args.prompt is not None else torch.tensor([[bos]])
+        suffix = ""
+        if args.prefix is None and args.suffix is None:
+            prompt, idx = read_prompt(args.prompt, enc)
+        else:
+            prompt, suffix = read_text(args.prefix or "", "--prefix"), read_text(args.suffix or "", "--suffix")
+            idx, args.max_new_tokens = read_hole(prompt, suffix, enc, window, args.max_new_tokens)
+        if bos is not None and idx[0, 0] != bos:    # in the separator's place where that begins the document
+            idx = torch.cat([torch.tensor([[bos]]), idx if args.prompt is not None else idx[:, 1:]], 1)
         generator = torch.Generator(device).manual_seed(args.seed)
         for i in range(args.num_samples):
-            sample(model, enc, window, stop, prompt, idx.to(device), args, generator)
+            sample(model, enc, window, stop, prompt, suffix, idx.to(device), args, generator)
     except (ValueError, OSError, ImportError) as e:
         raise SystemExit(f"sample.py: {e}") from None
     except KeyboardInterrupt:
@@ -162,15 +189,15 @@ def continuation(model, idx, window, stop, args, generator, stats):
             yield token
 
 
-def sample(model, enc, window, stop, prompt, idx, args, generator):
-    """Print one continuation as it comes, then a line on speed and speculation to stderr."""
+def sample(model, enc, window, stop, prompt, suffix, idx, args, generator):
+    """Print one continuation as it comes, then the suffix, then a line on speed and speculation to stderr."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a character may be spread over tokens
     stats, count, start = {}, 0, time.monotonic()
     print("-" * 80 + "\n" + prompt, end="", flush=True)
     for count, token in enumerate(continuation(model, idx, window, stop, args, generator, stats), 1):
         if token not in stop and token < enc.n_vocab:       # the model's vocabulary may be padded beyond the tokenizer's
             print(decoder.decode(enc.decode_single_token_bytes(token)), end="", flush=True)
-    print(decoder.decode(b"", final=True), flush=True)
+    print(decoder.decode(b"", final=True) + suffix, flush=True)
     seconds = time.monotonic() - start
     line = f"{count} tokens, {count / seconds:.0f} tokens/s"
     if stats.get("drafted"):

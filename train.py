@@ -185,11 +185,13 @@ def configure(given):
 
 
 def extend_context(config, length):
-    """Fields of a config that extend its context to `length` tokens, with the report's YaRN (§4.3)."""
+    """Fields of a config that extend its context to `length` tokens, with the report's YaRN (§4.3). A factor that was
+    chosen larger than this length needs stays: the report's is 40 through both of its phases."""
     yarn = config.rope_scaling or dict(type="yarn", original_max_position_embeddings=config.max_position_embeddings,
                                        beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0)
     original = yarn.get("original_max_position_embeddings") or config.max_position_embeddings
-    return {"rope_scaling": {**yarn, "original_max_position_embeddings": original, "factor": length / original},
+    factor = max(yarn.get("factor", 1), length / original)
+    return {"rope_scaling": {**yarn, "original_max_position_embeddings": original, "factor": factor},
             "max_position_embeddings": length}
 
 

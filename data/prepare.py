@@ -4,11 +4,16 @@
     python data/prepare.py --source shakespeare
     python data/prepare.py --input book.txt --tokenizer gpt2
     python data/prepare.py --input folder/ --tokenizer DeepSeek-V3/tokenizer.json
+    python data/prepare.py --input folder/ --fim_rate 0.1    # a tenth of the documents teach to fill in a middle
 
 A .bin file is a flat array of token ids, np.memmap(file, dtype=meta["dtype"]):
     separator, document, separator, document, ...            # the separator stands *before* each document
 The last 10% of the raw bytes are val. The cut is made before tokenising, so that every tokenizer is judged on the
 same text; a document that lies across the cut goes on in val without a separator.
+
+Fill-in-middle (§4.1 of the DeepSeek-V3 report): of the documents that lie in train as a whole, --fim_rate are cut at two
+random characters and written as prefix, suffix, middle, from which a model learns to put a middle into a hole:
+    separator, <｜fim▁begin｜>, prefix, <｜fim▁hole｜>, suffix, <｜fim▁end｜>, middle, separator, ...
 """
 
 import argparse
@@ -29,7 +34,8 @@ import tiktoken
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that this file runs as a script and imports as a module
 
-from data.tokenizer import BYTES, encode, encoding_to_json, get_tokenizer, separator, token_lengths  # noqa: E402
+from data.tokenizer import (BYTES, encode, encoding_to_json, fim_ids, get_tokenizer, separator, token_lengths,  # noqa: E402
+                            with_fim)
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 FINEWEB_BYTES = 1_000_000_000  # of text, where --source fineweb stops
@@ -120,22 +126,26 @@ def fineweb():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes") -> dict:
+def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.0) -> dict:
     """Tokenises a source (or the file or folder `input`) into out_dir. Returns the contents of meta.json: dtype,
     vocab_size, tokenizer, separator (an id), bytes_per_token, source, documents, {train,val}_tokens, {train,val}_bytes,
-    {train,val}.bin_crc32 (of the whole file: train.py checks it).
+    {train,val}.bin_crc32 (of the whole file: train.py checks it); with fim_rate also that and fim_documents.
 
     All or nothing: when it raises (ValueError for bad input, OSError, ImportError, KeyboardInterrupt), an earlier
     dataset in out_dir is untouched and nothing is left beside it. Memory: one document with its tokens at a time.
     """
     out_dir = Path(out_dir)
+    if not 0 <= fim_rate <= 1:
+        raise ValueError(f"--fim_rate must be from 0 to 1, got {fim_rate}")
     docs, enc = documents(source, input, out_dir), get_tokenizer(tokenizer)
+    if fim_rate:
+        enc = with_fim(enc)
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir) as staged:  # removed whatever happens
         staged = Path(staged)
         meta = {"dtype": "uint16" if enc.n_vocab <= 1 << 16 else "uint32", "vocab_size": enc.n_vocab,
                 "tokenizer": enc.name, "separator": separator(enc), "source": Path(input).name if input else source}
-        meta |= write_tokens(docs, enc, meta["dtype"], staged)
+        meta |= write_tokens(docs, enc, meta["dtype"], staged, fim_rate)
         for name, text in ("encoding.json", encoding_to_json(enc)), ("meta.json", json.dumps(meta, indent=2) + "\n"):
             with open(staged / name, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -144,12 +154,14 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes") -> dict:
     print(f"{out_dir}: {meta['train_tokens']:,} train + {meta['val_tokens']:,} val tokens from {meta['documents']:,} "
           f"documents\n"
           f"vocabulary {enc.n_vocab:,} ({enc.name}), {meta['bytes_per_token']:.2f} bytes/token, {meta['dtype']}")
+    if fim_rate:
+        print(f"fill-in-middle: {meta['fim_documents']:,} documents")
     return meta
 
 
-def write_tokens(docs, enc: tiktoken.Encoding, dtype: str, where: Path) -> dict:
+def write_tokens(docs, enc: tiktoken.Encoding, dtype: str, where: Path, fim_rate=0.0) -> dict:
     """Writes train.bin and val.bin of docs (non-empty UTF-8 bytes) into `where`; returns the counts for meta.json."""
-    lengths, sep = token_lengths(enc), np.array([separator(enc)], dtype)
+    lengths, sep = token_lengths(enc), [separator(enc)]
     is_bytes = enc._mergeable_ranks == BYTES  # then the text *is* its tokens: no list of a billion ints for a GB of it
 
     with contextlib.ExitStack() as stack:
@@ -160,36 +172,45 @@ def write_tokens(docs, enc: tiktoken.Encoding, dtype: str, where: Path) -> dict:
         raw.seek(0)
         crcs = {train: 0, val: 0}
 
-        def append(file, text: bytes, fresh: bool) -> int:
-            if is_bytes:
-                ids = np.frombuffer(text, np.uint8).astype(dtype)
-            else:
-                ids = np.array(encode(enc, text.decode()), dtype)
-                if lengths[ids].sum() != len(text):
-                    raise ValueError(f"tokenizer {enc.name} loses text: its pattern does not match all of it")
-            for part in (sep.tobytes() * fresh, ids.tobytes()):
-                file.write(part)
-                crcs[file] = zlib.crc32(part, crcs[file])
+        def write(file, ids) -> None:
+            file.write(part := np.asarray(ids, dtype).tobytes())
+            crcs[file] = zlib.crc32(part, crcs[file])
+
+        def append(file, text: bytes) -> int:
+            ids = np.frombuffer(text, np.uint8) if is_bytes else np.array(encode(enc, text.decode()), dtype)
+            if not is_bytes and lengths[ids].sum() != len(text):
+                raise ValueError(f"tokenizer {enc.name} loses text: its pattern does not match all of it")
+            write(file, ids)
             return len(ids)
 
-        start = train_bytes = tokens = 0
+        rng = np.random.default_rng(0)  # of fill-in-middle: the same text gives the same data
+        start = train_bytes = tokens = fims = 0
         for size in sizes:  # a plain loop: threads (encode_ordinary_batch) gain no more than their number
             doc = raw.read(size)
             at = min(max(cut - start, 0), size)  # this many bytes of the document are train's
             while 0 < at < size and doc[at] & 0xC0 == 0x80:  # never inside a character
                 at -= 1
-            if at > 0:
-                tokens += append(train, doc[:at], fresh=True)
+            write(train if at > 0 else val, sep)
+            if at == size and rng.random() < fim_rate:
+                text = doc.decode()
+                a, b = sorted(rng.integers(len(text) + 1, size=2))
+                for token, part in zip(fim_ids(enc), (text[:a], text[b:], text[a:b]), strict=True):
+                    write(train, [token])
+                    tokens += append(train, part.encode())
+                fims += 1
+            elif at > 0:
+                tokens += append(train, doc[:at])
             if at < size:
-                tokens += append(val, doc[at:], fresh=at == 0)
+                tokens += append(val, doc[at:])
             train_bytes += at
             start += size
         if not 0 < train_bytes < total:
             raise ValueError(f"too little text to split into train and val: {total} bytes")
         sync(train), sync(val)
         return {"documents": len(sizes), "bytes_per_token": total / tokens, "train_bytes": train_bytes,
-                "val_bytes": total - train_bytes, "train_tokens": train.tell() // sep.itemsize,
-                "val_tokens": val.tell() // sep.itemsize, "train.bin_crc32": crcs[train], "val.bin_crc32": crcs[val]}
+                "val_bytes": total - train_bytes, "train_tokens": train.tell() // np.dtype(dtype).itemsize,
+                "val_tokens": val.tell() // np.dtype(dtype).itemsize, "train.bin_crc32": crcs[train], "val.bin_crc32": crcs[val],
+                **({"fim_rate": fim_rate, "fim_documents": fims} if fim_rate else {})}
 
 
 def sync(file) -> None:
@@ -223,11 +244,14 @@ def main() -> None:
     parser.add_argument("--out_dir", metavar="DIR", help="default: a folder beside prepare.py, named after the text")
     parser.add_argument("--tokenizer", default="bytes", metavar="bytes|gpt2|PATH",
                         help="bytes (the default), gpt2, a .tiktoken file or a tokenizer.json of byte-level BPE")
+    parser.add_argument("--fim_rate", type=float, default=0.0,
+                        help="share of the documents to write as prefix, suffix, middle (default 0; the report: 0.1)")
     args = parser.parse_args()
     source = args.source or "stdlib"
     name = source if args.input is None else Path(args.input).resolve().stem
     try:
-        prepare(args.out_dir or Path(__file__).parent / name, source, args.input, args.tokenizer)
+        prepare(args.out_dir or Path(__file__).parent / name, source, args.input, args.tokenizer,
+                args.fim_rate)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"prepare.py: {error}")
 

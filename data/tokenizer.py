@@ -15,6 +15,7 @@ import tiktoken
 
 ENDOFTEXT, DEEPSEEK_EOS, KIMI_EOS = "<|endoftext|>", "<｜end▁of▁sentence｜>", "[EOS]"
 DEEPSEEK_BOS, KIMI_BOS = "<｜begin▁of▁sentence｜>", "[BOS]"
+FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # as DeepSeek-V3's tokenizer names them
 BYTES = {bytes([b]): b for b in range(256)}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # of Moonlight and Kimi, whose tiktoken.model comes without a pattern (their tokenization_*.py has it)
@@ -65,6 +66,21 @@ def separator(enc: tiktoken.Encoding) -> int:
             return enc._special_tokens[token]
     raise ValueError(f"tokenizer {enc.name} has none of {ENDOFTEXT}, {DEEPSEEK_EOS} and {KIMI_EOS} to separate "
                      "documents")
+
+
+def fim_ids(enc: tiktoken.Encoding) -> list:
+    """Ids of the three tokens FIM. Raises ValueError if the tokenizer lacks one."""
+    if missing := [token for token in FIM if token not in enc._special_tokens]:
+        raise ValueError(f"tokenizer {enc.name} has no {missing[0]}, so nothing was trained to fill in a middle; prepare "
+                         "the data with --fim_rate 0.1, and train on them")
+    return [enc._special_tokens[token] for token in FIM]
+
+
+def with_fim(enc: tiktoken.Encoding) -> tiktoken.Encoding:
+    """The same tokenizer with the tokens FIM, which come after all others where it doesn't have them."""
+    missing = [token for token in FIM if token not in enc._special_tokens]
+    added = {token: enc.n_vocab + i for i, token in enumerate(missing)}
+    return build(enc.name, enc._pat_str, enc._mergeable_ranks, enc._special_tokens | added) if added else enc
 
 
 def token_lengths(enc: tiktoken.Encoding) -> np.ndarray:

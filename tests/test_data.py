@@ -16,8 +16,8 @@ import tiktoken
 
 import data.prepare as prep
 from data.prepare import prepare
-from data.tokenizer import (BYTES, DEEPSEEK_EOS, encoding_from_json, encoding_to_json, get_tokenizer, separator,
-                            token_lengths)
+from data.tokenizer import (BYTES, DEEPSEEK_EOS, FIM, encoding_from_json, encoding_to_json, fim_ids, get_tokenizer,
+                            separator, token_lengths, with_fim)
 
 SEP = 256  # <|endoftext|> of the bytes tokenizer
 SCRIPT = Path(prep.__file__)
@@ -147,6 +147,64 @@ def test_uint32_where_the_vocabulary_needs_it(tmp_path):
         tokens = read(tmp_path / "out", "train")
         assert meta["dtype"] == dtype and meta["separator"] == tokens[0] == count + 256 == meta["vocab_size"] - 1
         assert get_tokenizer(tmp_path / "big.tiktoken").decode(tokens[1:]) == "\u07ff" * 45
+
+
+# ---- fill-in-middle --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "file.tiktoken"])
+def test_fim_layout_and_that_no_document_loses_a_byte(tmp_path, tokenizer):
+    lines = b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in [*BYTES.items(), (b"ab", 256), (b"abc", 257)])
+    (tmp_path / "file.tiktoken").write_bytes(lines)
+    texts = {f"{i:02}": f"document {i} abc中{'é' * i}".encode() for i in range(40)}
+    meta = prepare(tmp_path / "out", input=write(tmp_path / "in", texts), fim_rate=1.0,
+                   tokenizer=tokenizer if tokenizer == "bytes" else tmp_path / tokenizer)
+    enc = encoding_from_json((tmp_path / "out/encoding.json").read_text())
+    sep = separator(enc)
+    begin, hole, end = fim_ids(enc)
+    assert (sep, begin, hole, end) == tuple(range(sep, sep + 4)) and meta["vocab_size"] == sep + 4
+    documents = "".join(map(chr, read(tmp_path / "out", "train"))).split(chr(sep))[1:]
+    *whole, cut = [list(map(ord, document)) for document in documents]     # the last one goes on in val
+    middles = 0
+    for tokens, text in zip(whole, texts.values()):
+        assert tokens[0] == begin and tokens.count(hole) == tokens.count(end) == 1 and tokens.count(begin) == 1
+        prefix, suffix = tokens[1:tokens.index(hole)], tokens[tokens.index(hole) + 1:tokens.index(end)]
+        middle = tokens[tokens.index(end) + 1:]
+        for part in prefix, suffix, middle:
+            enc.decode_bytes(part).decode()     # no character is cut
+        assert enc.decode_bytes(prefix + middle + suffix) == text
+        middles += len(middle)
+    assert 3 < middles / len(whole) < 30 and meta["fim_documents"] == len(whole) > 30 and begin not in cut
+    val = read(tmp_path / "out", "val")
+    assert not {begin, hole, end} & set(val) and enc.decode_bytes([t for t in cut + val if t != sep]) == b"".join(
+        list(texts.values())[len(whole):])
+    assert meta["bytes_per_token"] == sum(map(len, texts.values())) / (
+        sum(t < sep for t in read(tmp_path / "out", "train") + val))
+
+
+def test_fim_rate_is_respected_and_deterministic(tmp_path, capsys):
+    text = write(tmp_path / "in", {f"{i:04}": b"%04d some text" % i for i in range(2000)})
+    plain, fim = prepare(tmp_path / "0", input=text, fim_rate=0.0), prepare(tmp_path / "a", input=text, fim_rate=0.1)
+    assert 140 < fim["fim_documents"] < 220 and fim["train_tokens"] == plain["train_tokens"] + 3 * fim["fim_documents"]
+    assert f"fill-in-middle: {fim['fim_documents']} documents" in capsys.readouterr().out
+    prepare(tmp_path / "b", input=text, fim_rate=0.1)
+    prepare(tmp_path / "unasked", input=text)
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b") and snapshot(tmp_path / "0") == snapshot(tmp_path / "unasked")
+    assert (tmp_path / "a/val.bin").read_bytes() == (tmp_path / "0/val.bin").read_bytes()
+    for rate in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="--fim_rate must be from 0 to 1"):
+            prepare(tmp_path / "c", input=text, fim_rate=rate)
+
+
+def test_fim_tokens_of_the_tokenizer_are_kept(tmp_path):
+    added = [{"id": i, "content": token} for i, token in enumerate([*FIM, DEEPSEEK_EOS], 258)]
+    enc = get_tokenizer(save(tmp_path / "tokenizer.json", bpe_json(added_tokens=added)))
+    assert with_fim(enc) is enc and fim_ids(enc) == [258, 259, 260]
+    with pytest.raises(ValueError, match="has no <｜fim▁begin｜>"):
+        fim_ids(get_tokenizer("bytes"))
+    again = with_fim(encoding_from_json(encoding_to_json(with_fim(get_tokenizer("bytes")))))
+    assert fim_ids(again) == [257, 258, 259] and separator(again) == SEP
+    assert again.encode_ordinary(FIM[0]) == [*FIM[0].encode()]      # in a text they are text
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------

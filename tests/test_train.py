@@ -408,6 +408,9 @@ def test_text_beyond_the_block_size_goes_on_from_its_last_half(speculative):
     (["--ckpt", "{out}", "--max_new_tokens", "-1"], "max_new_tokens"),
     (["--ckpt", "{out}", "--num_sampels", "1"], "--num_sampels"),
     (["--ckpt", "{out}", "--num_samples", "0"], "--num_samples"),
+    (["--ckpt", "{out}", "--suffix", "x"], "tokenizer bytes has no <｜fim▁begin｜>"),
+    (["--ckpt", "{out}", "--suffix", "x", "--prompt", "y"], "one or the other"),
+    (["--ckpt", "{out}", "--prefix", "FILE:{latin}"], "--prefix FILE:"),
 ])
 def test_sample_s_bad_input_ends_in_one_sentence(data_dir, tmp_path_factory, flags, words, capsys):
     base = tmp_path_factory.getbasetemp()
@@ -420,6 +423,33 @@ def test_sample_s_bad_input_ends_in_one_sentence(data_dir, tmp_path_factory, fla
         sample.main([flag.format(**names) for flag in flags])
     said = capsys.readouterr().err if e.value.code == 2 else str(e.value.code)
     assert words in said and "\n" not in said.removeprefix("usage").split("error:")[-1].strip()
+
+
+def test_a_hole_is_filled(tmp_path, monkeypatch):
+    """The tokens that the model is asked with are those that it was trained on, and the text comes out in its order."""
+    for i in range(90):
+        (tmp_path / f"{i:02}.txt").write_text(f"line {i} of text")
+    prepare(tmp_path / "tokens", input=tmp_path, fim_rate=0.5)
+    ok(tmp_path / "tokens", tmp_path / "out", "--max_iters", 1)
+    assert checkpoint(tmp_path / "out")["config"]["vocab_size"] == 320      # 260 tokens, and no shape has changed
+    asked, stream = [], DeepSeekV3.generate_stream
+
+    def fills(self, idx, new, *args, **kwargs):
+        asked.append((idx[0].tolist(), new))
+        return iter(torch.tensor([[[token]] for token in (*b"mid", 256)]))
+
+    monkeypatch.setattr(DeepSeekV3, "generate_stream", fills)
+    (tmp_path / "suffix.txt").write_text(" the end")
+    said = ok(None, None, "--ckpt", tmp_path / "out", "--prefix", "a é ", "--suffix", f"FILE:{tmp_path}/suffix.txt",
+              script="sample.py").stdout
+    assert said.endswith("-\na é mid the end\n")
+    idx = [256, 257, *"a é ".encode(), 258, *b" the end", 259]
+    assert asked == [(idx, 32 - len(idx))]      # never beyond the block: it would slide the prefix out of sight
+    monkeypatch.setattr(DeepSeekV3, "generate_stream", stream)
+    assert "\n <b" in ok(None, None, "--ckpt", tmp_path / "out", "--suffix", "<b", "--prefix", " ", "--max_new_tokens", 0,
+                         script="sample.py").stdout
+    with pytest.raises(SystemExit, match="make 104 tokens, which leave no room for a middle in the 32"):
+        sample.main(["--ckpt", str(tmp_path / "out"), "--prefix", "x" * 100])
 
 
 def poison(monkeypatch, bad, where="loss"):
