@@ -66,6 +66,7 @@ class TrainConfig:
     batch_size: int = option(None, "sequences of a micro-batch, on each rank of torchrun")
     block_size: int = option(None, "tokens of a sequence")
     gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step")
+    batch_ramp: bool = option(False, "begin with micro-batches of a fifth of --batch_size, as the report does")
     optimizer: str = option("adamw", "adamw, or muon for the hidden matrices with adamw for the rest (tiny: muon)")
     bf16_moments: bool = option(False, "keep AdamW's moments in bfloat16, as the report does")
     learning_rate: float = option(None, "the peak")
@@ -167,6 +168,9 @@ def configure(given):
                  "log_interval"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(cfg, name)}")
+    if cfg.batch_ramp and cfg.batch_size < 5:
+        raise ValueError(f"--batch_ramp begins with a fifth of --batch_size {cfg.batch_size}, which is less than a "
+                         "sequence; make it at least 5")
     if not 0 < cfg.learning_rate < math.inf:
         raise ValueError(f"--learning_rate must be a finite number over 0, got {cfg.learning_rate}")
     if cfg.optimizer not in ("adamw", "muon"):
@@ -200,7 +204,8 @@ FREE_OF_WEIGHTS = ("max_position_embeddings", "rope_scaling", "bias_update_speed
                    "mtp_loss_weight")
 GIVE_UP_AFTER = 10      # steps in a row whose loss or gradient is not finite
 # what --resume can't change: the order of the data and the optimizer's state depend on these
-FIXED_ON_RESUME = ("preset", "init_from", "fp8", "seed", "block_size", "optimizer", "bf16_moments", "fsdp")
+FIXED_ON_RESUME = ("preset", "init_from", "fp8", "seed", "block_size", "batch_ramp", "optimizer", "bf16_moments",
+                   "fsdp")
 
 
 def pick_device(cfg):
@@ -362,8 +367,16 @@ class Validation:
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimization
 
+def batch_sizes(cfg):
+    """(max_iters,) int: the sequences of each step's micro-batches. With --batch_ramp they grow from a fifth to all over
+    the first 469B of 14.8T tokens (§4.2: 3072 to 15360), which are 5.17% of the steps where growth is linear in these."""
+    ramp = 0.2 + 0.8 * np.arange(cfg.max_iters) / (0.0517 * cfg.max_iters)
+    return (cfg.batch_size * (ramp.clip(max=1) if cfg.batch_ramp else np.ones(cfg.max_iters))).round().astype(int)
+
+
 def schedule(progress):
     """The report's schedules (§4.2) over a run's progress in [0, 1]: factors of learning rate, gamma and lambda.
+    Progress is the share of the run's tokens, which --batch_ramp makes another one than that of its steps.
 
     The report's 14.8T tokens: learning rate warmed up (2K steps; here 2% of the run), constant up to 10T, cosine down
     to a tenth up to 14.3T, a tenth, and for the last 167B tokens 0.033; gamma 0.001 up to 14.3T, then 0; lambda 0.3 up
@@ -614,13 +627,14 @@ def run(given, rank, world):
 
     saved = out_dir / ("ckpt" if cfg.fsdp else "ckpt.pt")
     sequences_per_step = world * cfg.batch_size * cfg.gradient_accumulation_steps
-    tokens_per_step = sequences_per_step * cfg.block_size
+    sizes = batch_sizes(cfg)
+    sequences = (sizes * (world * cfg.gradient_accumulation_steps)).cumsum()        # up to and with each step
     flops_per_token, peak = raw_model.flops_per_token(cfg.block_size), peak_flops(device)
     peak = peak and peak * world
     print(f"{cfg.init_from or cfg.preset}: {raw_model.num_params():,} parameters, "
           f"{raw_model.num_params(active=True):,} active per token; {len(data.tokens):,} tokens of {cfg.data_dir}; "
-          f"{cfg.max_iters} steps of {tokens_per_step:,} tokens on {f'{world} x ' * (world > 1)}{device.type} in "
-          f"{str(dtype).removeprefix('torch.')}")
+          f"{cfg.max_iters} steps of {sequences_per_step * cfg.block_size:,} tokens{' in the end' * cfg.batch_ramp} on "
+          f"{f'{world} x ' * (world > 1)}{device.type} in {str(dtype).removeprefix('torch.')}")
     if step:
         print(f"resumed {out_dir} at step {step}")
 
@@ -637,16 +651,16 @@ def run(given, rank, world):
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     # The training loop
-    timer, timed_steps, skipped_in_a_row = time.monotonic(), 0, 0
+    timer, timed_from, skipped_in_a_row = time.monotonic(), samples, 0
     while step < cfg.max_iters and not stop:
-        lr, gamma, lam = schedule((step + 1) / cfg.max_iters)
+        batch_size, (lr, gamma, lam) = int(sizes[step]), schedule(float(sequences[step] / sequences[-1]))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = cfg.learning_rate * lr
         load = 0
         losses = torch.zeros(5, device=device)      # loss, main, mtp, balance: sums over micro-batches; interrupted
         for micro_step in range(cfg.gradient_accumulation_steps):
-            x, y = data.batch(samples + rank * cfg.batch_size, cfg.batch_size)
+            x, y = data.batch(samples + rank * batch_size, batch_size)
             if device.type == "cuda":
                 x, y = x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
             else:
@@ -658,7 +672,7 @@ def run(given, rank, world):
             (loss / cfg.gradient_accumulation_steps).backward()
             losses[:4] += torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]])
             load = load + aux["load"]
-            samples += world * cfg.batch_size
+            samples += world * batch_size
         losses[4] = interrupted
         if world > 1:       # one sum for all, so that all decide alike what follows
             dist.all_reduce(losses)
@@ -679,10 +693,9 @@ def run(given, rank, world):
             print(f"step {step + 1}/{cfg.max_iters} skipped: its loss or gradient is not finite", flush=True)
         raw_model.zero_grad(set_to_none=True)
         step += 1
-        timed_steps += 1
         if skipped_in_a_row == GIVE_UP_AFTER:
             save_checkpoint()
-            first = samples - sequences_per_step
+            first = samples - world * batch_size * cfg.gradient_accumulation_steps
             raise ValueError(f"loss or gradient were not finite {GIVE_UP_AFTER} times in a row, up to step {step} "
                              f"(samples {first} to {samples - 1}); {saved} holds the last good weights: look "
                              "at the data, or --resume with a lower --learning_rate")
@@ -691,15 +704,14 @@ def run(given, rank, world):
         evaluate = step % cfg.eval_interval == 0 or step == cfg.max_iters
         if step % cfg.log_interval == 0 or step == 1 or evaluate:
             loss, main_loss, mtp_loss, balance_loss = (losses[:4] / cfg.gradient_accumulation_steps / world).tolist()
-            seconds = (time.monotonic() - timer) / timed_steps
+            tokens_per_s = (samples - timed_from) * cfg.block_size / (time.monotonic() - timer)
             vio = load.float().amax(1) / load.float().mean(1) - 1      # MaxVio of each layer (arXiv 2408.15664)
             entry = {"iter": step, "loss": loss, "main_loss": main_loss, "mtp_loss": mtp_loss,
                      "balance_loss": balance_loss, "lr": cfg.learning_rate * lr, "grad_norm": grad_norm.item(),
-                     "tokens_per_s": tokens_per_step / seconds,
-                     "mfu": flops_per_token * tokens_per_step / seconds / peak if peak else None,
+                     "tokens_per_s": tokens_per_s, "mfu": flops_per_token * tokens_per_s / peak if peak else None,
                      "max_vio": vio.mean().item() if len(vio) else 0.0, "dead_experts": int((load == 0).sum()),
                      "skipped": skipped}
-            left = int(seconds * (cfg.max_iters - step))
+            left = int((sequences[-1] - sequences[step - 1]) * cfg.block_size / tokens_per_s)
             mfu = f"{entry['mfu']:.1%}" if peak else "n/a"
             dead = f" dead {entry['dead_experts']}" if entry["dead_experts"] else ""    # no token of this step
             print(f"step {step}/{cfg.max_iters} | loss {loss:.3f} main {main_loss:.3f} mtp {mtp_loss:.3f} | "
@@ -718,7 +730,7 @@ def run(given, rank, world):
                 save_checkpoint()
                 print(f"step {step}/{cfg.max_iters} | val loss {val['val_loss']:.4f} nats/token, "
                       f"{val['val_bpb']:.4f} bits/byte | saved {saved}", flush=True)
-            timer, timed_steps = time.monotonic(), 0
+            timer, timed_from = time.monotonic(), samples
 
     if stopped := stop and step < cfg.max_iters:
         save_checkpoint()

@@ -72,6 +72,19 @@ def assert_equal_runs(a, b):
                        for k, v in one["state"][i].items())
 
 
+def interrupt(monkeypatch, step):
+    """Ctrl-C in the middle of a step."""
+    schedule, calls = train.schedule, [0]
+
+    def interrupted(progress):
+        calls[0] += 1
+        if calls[0] == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return schedule(progress)
+
+    monkeypatch.setattr(train, "schedule", interrupted)
+
+
 def test_trains_logs_and_samples(data_dir, tmp_path):
     ok(data_dir, tmp_path / "out", "--max_iters", 60, "--learning_rate", 1e-2, "--eval_interval", 30, "--log_interval", 5)
     entries = log(tmp_path / "out")
@@ -232,6 +245,31 @@ def test_schedule_has_the_report_s_corners():
     assert [0.3 * train.schedule(t / 14.8)[2] for t in (0, 9.9, 10.01, 14.8)] == pytest.approx([0.3, 0.3, 0.1, 0.1])
 
 
+def test_the_batch_ramps_over_the_report_s_share_of_the_tokens(data_dir, tmp_path, monkeypatch):
+    sizes = train.batch_sizes(train.TrainConfig(batch_ramp=True, max_iters=100_000, batch_size=15360))
+    tokens = sizes.cumsum() / sizes.sum()
+    assert sizes[0] == 3072 and sizes.max() == 15360 and (np.diff(sizes) >= 0).all()
+    assert tokens[sizes.argmax()] == pytest.approx(469e9 / 14.8e12, rel=0.01) and (sizes[sizes.argmax():] == 15360).all()
+    assert train.batch_sizes(train.TrainConfig(batch_ramp=True, max_iters=30, batch_size=16)).tolist() == [3, 11] + 28 * [16]
+    assert train.batch_sizes(train.TrainConfig(max_iters=3, batch_size=4)).tolist() == [4, 4, 4]
+
+    flags = ["--max_iters", 30, "--batch_size", 10, "--gradient_accumulation_steps", 2, "--batch_ramp", "--log_interval", 1,
+             "--eval_interval", 30, "--learning_rate", 0.01]
+    ok(data_dir, tmp_path / "whole", *flags)
+    sizes = train.batch_sizes(train.TrainConfig(batch_ramp=True, max_iters=30, batch_size=10))
+    assert sizes.tolist() == [2, 7] + 28 * [10]
+    done = 2 * sizes.cumsum()
+    assert checkpoint(tmp_path / "whole")["samples"] == done[-1]
+    for entry, n in zip(log(tmp_path / "whole"), done, strict=True):       # the schedules follow the tokens
+        assert entry["lr"] == pytest.approx(0.01 * train.schedule(n / done[-1])[0], rel=1e-12)
+    interrupt(monkeypatch, 3)
+    with pytest.raises(SystemExit):
+        ok(data_dir, tmp_path / "cut", *flags)
+    assert checkpoint(tmp_path / "cut")["step"] == 3 and checkpoint(tmp_path / "cut")["samples"] == done[2]
+    ok(data_dir, tmp_path / "cut", *flags, "--resume")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_weight_decay_touches_matrices_only():
     model = DeepSeekV3(DeepSeekV3Config.preset("tiny"))
     optimizer, = train.make_optimizers(model, train.TrainConfig(learning_rate=1e-3), torch.device("cpu"))
@@ -297,6 +335,7 @@ def test_muon_takes_the_hidden_matrices_and_each_expert_by_itself():
     (["--max_iters", "0"], "--max_iters must be at least 1"),
     (["--learning_rate", "nan"], "--learning_rate"),
     (["--optimizer", "sgd"], "'sgd'"),
+    (["--batch_ramp"], "a fifth of --batch_size 4"),
     (["--dtype", "float16"], "'float16'"),
     (["--device", "cuda:77"], "--device cuda:77"),
     (["--device", "abacus"], "--device abacus"),
