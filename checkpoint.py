@@ -238,7 +238,9 @@ def load_checkpoint(path):
         if config.num_hidden_layers + config.num_nextn_predict_layers > len(ckpt["model"]):
             raise ValueError("too few tensors")
         # a dict of its own, as assign=True leaves a mark in a state_dict's metadata that makes the next load assign too
-        on_meta(DeepSeekV3, config, path).load_state_dict(dict(ckpt["model"]), assign=True)
+        model = on_meta(DeepSeekV3, config, path)
+        for weights in ckpt["model"], ckpt.get("ema", ckpt["model"]):
+            model.load_state_dict(dict(weights), assign=True)
     except (ValueError, RuntimeError, TypeError, LookupError, AttributeError) as e:
         raise ValueError(f"{path} holds weights that don't fit its config: {' '.join(str(e).split())[:200]}") from None
     return ckpt

@@ -23,6 +23,7 @@ import math
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +71,7 @@ class TrainConfig:
     optimizer: str = option("adamw", "adamw, or muon for the hidden matrices with adamw for the rest (tiny: muon)")
     bf16_moments: bool = option(False, "keep AdamW's moments in bfloat16, as the report does")
     learning_rate: float = option(None, "the peak")
+    ema_decay: float = option(0.0, "of a moving average of the weights on the CPU, evaluated and saved beside them (0: none)")
     mask_documents: bool = option(False, "keep attention and MTP from crossing documents (the report doesn't, in "
                                          "pre-training)")
     eval_interval: int = option(None, "steps between evaluations, each with a checkpoint; the last step has one anyway")
@@ -173,6 +175,10 @@ def configure(given):
                          "sequence; make it at least 5")
     if not 0 < cfg.learning_rate < math.inf:
         raise ValueError(f"--learning_rate must be a finite number over 0, got {cfg.learning_rate}")
+    if not 0 <= cfg.ema_decay < 1:
+        raise ValueError(f"--ema_decay must be at least 0 and less than 1, got {cfg.ema_decay}")
+    if cfg.ema_decay and cfg.fsdp:
+        raise ValueError("--ema_decay can't be given with --fsdp: rank 0 averages whole weights, and has none")
     if cfg.optimizer not in ("adamw", "muon"):
         raise ValueError(f"--optimizer {cfg.optimizer!r} is unknown; choose adamw or muon")
     if cfg.fsdp and cfg.optimizer == "muon":
@@ -456,6 +462,60 @@ class BF16AdamW(torch.optim.Optimizer):
                 p.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1 ** state["step"]))
 
 
+class EMA:
+    """Exponential moving average of weights and router biases in the CPU's memory (§3.2.2): an early estimate of what the
+    learning rate's decay will bring. A GPU doesn't wait for it: while it computes the next step, the weights travel into
+    pinned memory on a stream of their own, and a thread averages what has arrived."""
+
+    def __init__(self, model, decay, mean=None):
+        self.weights, self.decay = model.state_dict(), decay        # the weights themselves, no copies
+        self.mean = mean or {name: w.to("cpu", copy=True) for name, w in self.weights.items()}
+        self.arrived, self.stream = self.weights, None
+        if model.lm_head.weight.is_cuda:
+            self.arrived = {name: torch.empty_like(m, pin_memory=True) for name, m in self.mean.items()}
+            self.stream, self.thread, self.averaged = torch.cuda.Stream(), ThreadPoolExecutor(1), None
+
+    def update(self, step):
+        """Take in the weights as this step left them. In the first steps their share is larger, 9 / (step + 9), lest the
+        initial weights linger."""
+        share = max(1 - self.decay, 9 / (step + 9))
+        if not self.stream:
+            return self.average(share)
+        self.wait()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for name, w in self.weights.items():
+                self.arrived[name].copy_(w, non_blocking=True)
+        self.averaged = self.thread.submit(self.average, share)
+
+    def average(self, share):
+        if self.stream:
+            self.stream.synchronize()
+        torch._foreach_lerp_(list(self.mean.values()), list(self.arrived.values()), share)
+
+    def before_weights_change(self):
+        """The GPU waits until they have left."""
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def wait(self):
+        if self.stream and self.averaged:
+            self.averaged.result()
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """The average in the weights' place, for a while."""
+        self.wait()
+        raw = {name: w.to("cpu", copy=True) for name, w in self.weights.items()}
+        try:
+            for name, w in self.weights.items():
+                w.copy_(self.mean[name])
+            yield
+        finally:
+            for name, w in self.weights.items():
+                w.copy_(raw[name])
+
+
 def load_released(dir, config, device):
     """The model of a released checkpoint in fp32, with config's choice of what weights can do without."""
     changes = {name: getattr(config, name) for name in FREE_OF_WEIGHTS}
@@ -602,8 +662,9 @@ def run(given, rank, world):
             log = [line for line in lines if line.endswith("}") and json.loads(line)["iter"] <= step]
     if rank == 0:
         write_atomically(out_dir / "log.jsonl", lambda f: f.write("".join(line + "\n" for line in log).encode()))
+    ema = EMA(raw_model, cfg.ema_decay, ckpt and ckpt.get("ema")) if cfg.ema_decay and rank == 0 else None
     use_compile = device.type == "cuda" and not cfg.fsdp if cfg.compile is None else cfg.compile
-    model = torch.compile(raw_model) if use_compile else raw_model
+    model = single = torch.compile(raw_model) if use_compile else raw_model      # single: what a rank can run alone
     if world > 1 and not cfg.fsdp:      # averages the gradients; the only buffers are router biases, equal on all ranks
         model = DistributedDataParallel(model, forward_sync_buffers=False)
 
@@ -620,6 +681,9 @@ def run(given, rank, world):
         if cfg.fsdp:
             save_shards(out_dir, state, raw_model, *optimizers)
         elif rank == 0:
+            if ema:
+                ema.wait()
+                state["ema"] = ema.mean
             save_run(out_dir, state | {"model": raw_model.state_dict(),
                                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
         if world > 1:       # torchrun ends all ranks when one ends, so none may before the file is there
@@ -684,9 +748,13 @@ def run(given, rank, world):
         # for the GPU here, at the cost of queueing no kernels ahead of it
         finite, stop = torch.stack([torch.isfinite(losses.sum() + grad_norm), losses[4] > 0]).tolist()
         if finite:
+            if ema:
+                ema.before_weights_change()
             for optimizer in optimizers:
                 optimizer.step()
             raw_model.update_router_bias(load, speed=config.bias_update_speed * gamma)
+            if ema:
+                ema.update(step + 1)
             skipped_in_a_row = 0
         else:
             skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
@@ -720,6 +788,10 @@ def run(given, rank, world):
                   f"{left // 60}:{left % 60:02d} left", flush=True)
             if evaluate:
                 val = validation.evaluate(model, cfg.batch_size, device, autocast, doc_ids)
+                if ema:
+                    with ema.in_place():
+                        averaged = validation.evaluate(single, cfg.batch_size, device, autocast, doc_ids)
+                    val |= {f"{name}_ema": value for name, value in averaged.items()}
                 entry |= val
             entry["elapsed_s"] = time.monotonic() - START
             if rank == 0:
@@ -728,8 +800,9 @@ def run(given, rank, world):
                     f.write(json.dumps(entry) + "\n")
             if evaluate:
                 save_checkpoint()
+                average = f"; of the average {val['val_loss_ema']:.4f}, {val['val_bpb_ema']:.4f}" if ema else ""
                 print(f"step {step}/{cfg.max_iters} | val loss {val['val_loss']:.4f} nats/token, "
-                      f"{val['val_bpb']:.4f} bits/byte | saved {saved}", flush=True)
+                      f"{val['val_bpb']:.4f} bits/byte{average} | saved {saved}", flush=True)
             timer, timed_from = time.monotonic(), samples
 
     if stopped := stop and step < cfg.max_iters:

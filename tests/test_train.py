@@ -270,6 +270,51 @@ def test_the_batch_ramps_over_the_report_s_share_of_the_tokens(data_dir, tmp_pat
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_the_average_of_the_weights_is_evaluated_saved_and_resumed(data_dir, tmp_path, monkeypatch):
+    flags = ["--max_iters", 12, "--eval_interval", 6, "--learning_rate", 0.03, "--bias_update_speed", 0.01]
+    seen, update = [], DeepSeekV3.update_router_bias        # the last thing that a step does to the model
+
+    def watched(self, *args, **kwargs):
+        update(self, *args, **kwargs)
+        seen.append({k: v.clone() for k, v in self.state_dict().items()})
+
+    monkeypatch.setattr(DeepSeekV3, "update_router_bias", watched)
+    ok(data_dir, tmp_path / "plain", *flags)
+    weights = list(seen)
+    done = ok(data_dir, tmp_path / "whole", *flags, "--ema_decay", 0.6)
+    a, b = checkpoint(tmp_path / "plain"), checkpoint(tmp_path / "whole")
+    assert "ema" not in a and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())     # it only looks on
+
+    torch.manual_seed(1337)
+    expected = DeepSeekV3(DeepSeekV3Config(**a["config"])).state_dict()
+    for step, now in enumerate(weights, 1):
+        share = max(0.4, 9 / (step + 9))
+        expected = {k: (1 - share) * v + share * now[k] for k, v in expected.items()}
+    assert any("e_score_correction_bias" in k for k in expected)
+    for k, v in b["ema"].items():
+        torch.testing.assert_close(v, expected[k], rtol=1e-4, atol=1e-6)
+
+    last = log(tmp_path / "whole")[-1]
+    assert last["val_loss"] == log(tmp_path / "plain")[-1]["val_loss"] != last["val_loss_ema"]
+    assert f"of the average {last['val_loss_ema']:.4f}, {last['val_bpb_ema']:.4f}" in done.stdout
+    meta = json.loads((data_dir / "meta.json").read_text())
+    validation = train.Validation(data_dir / "val.bin", meta, b["encoding"], 32)
+    model = sample.load(tmp_path / "whole", "cpu", ema=True)[0]
+    found = validation.evaluate(model, 4, torch.device("cpu"), torch.no_grad, lambda x: None)
+    assert found["val_loss"] == pytest.approx(last["val_loss_ema"], rel=1e-6)
+    said = [ok(None, None, "--ckpt", tmp_path / "whole", "--temperature", 0, "--max_new_tokens", 30, *flag,
+               script="sample.py").stdout for flag in ([], ["--ema"])]
+    assert said[0] != said[1]
+
+    interrupt(monkeypatch, 5)
+    with pytest.raises(SystemExit):
+        ok(data_dir, tmp_path / "cut", *flags, "--ema_decay", 0.6)
+    assert checkpoint(tmp_path / "cut")["step"] == 5
+    ok(data_dir, tmp_path / "cut", "--resume")
+    assert all(torch.equal(v, checkpoint(tmp_path / "cut")["ema"][k]) for k, v in b["ema"].items())
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_weight_decay_touches_matrices_only():
     model = DeepSeekV3(DeepSeekV3Config.preset("tiny"))
     optimizer, = train.make_optimizers(model, train.TrainConfig(learning_rate=1e-3), torch.device("cpu"))
@@ -336,6 +381,8 @@ def test_muon_takes_the_hidden_matrices_and_each_expert_by_itself():
     (["--learning_rate", "nan"], "--learning_rate"),
     (["--optimizer", "sgd"], "'sgd'"),
     (["--batch_ramp"], "a fifth of --batch_size 4"),
+    (["--ema_decay", "1"], "--ema_decay must be at least 0 and less than 1"),
+    (["--ema_decay", "0.9", "--fsdp", "--optimizer", "adamw"], "can't be given with --fsdp"),
     (["--dtype", "float16"], "'float16'"),
     (["--device", "cuda:77"], "--device cuda:77"),
     (["--device", "abacus"], "--device abacus"),
@@ -447,6 +494,7 @@ def test_text_beyond_the_block_size_goes_on_from_its_last_half(speculative):
     (["--ckpt", "{out}", "--max_new_tokens", "-1"], "max_new_tokens"),
     (["--ckpt", "{out}", "--num_sampels", "1"], "--num_sampels"),
     (["--ckpt", "{out}", "--num_samples", "0"], "--num_samples"),
+    (["--ckpt", "{out}", "--ema"], "holds no average"),
     (["--ckpt", "{out}", "--suffix", "x"], "tokenizer bytes has no <｜fim▁begin｜>"),
     (["--ckpt", "{out}", "--suffix", "x", "--prompt", "y"], "one or the other"),
     (["--ckpt", "{out}", "--prefix", "FILE:{latin}"], "--prefix FILE:"),
