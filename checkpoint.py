@@ -87,6 +87,21 @@ def save_run(out_dir, state):
     write_atomically(out_dir / "ckpt.pt", lambda f: save_summed(state, f), check_sum, out_dir / "ckpt.prev.pt")
 
 
+def keep_best(out_dir):
+    """OUT/ckpt.pt under the name OUT/best.pt too: the same file, whatever becomes of the first name, where the file
+    system has hard links, else a copy."""
+    path, best, temporary = (out_dir / name for name in ("ckpt.pt", "best.pt", "best.pt.tmp"))
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(path, temporary)
+        os.replace(temporary, best)
+    except OSError:
+        with open(path, "rb") as f:
+            write_atomically(best, lambda copy: shutil.copyfileobj(f, copy), check_sum)
+    finally:
+        temporary.unlink(missing_ok=True)       # it stays where both are the same file already
+
+
 def save_shards(out_dir, state, model, optimizer):
     """The like of save_run for a sharded model, called by all ranks: a folder OUT/ckpt, and OUT/ckpt.prev. Tensors go into
     safetensors by torch.distributed.checkpoint (whose own format has pickles), state and checksums into run.pt."""

@@ -8,7 +8,8 @@ Train a DeepSeek-V3 on one device, or by torchrun on many.
     python train.py --preset tiny --n_routed_experts 32 --num_nextn_predict_layers 2    # any field of the model's config
     torchrun --nproc_per_node 8 train.py --preset small         # --batch_size is each GPU's; --fsdp: for larger models
 
-Writes OUT_DIR/ckpt.pt (the last checkpoint, with all that sample.py and --resume need) and OUT_DIR/log.jsonl.
+Writes OUT_DIR/ckpt.pt (the last checkpoint, with all that sample.py and --resume need), OUT_DIR/best.pt (that of the
+lowest validation loss) and OUT_DIR/log.jsonl.
 """
 
 import time
@@ -32,7 +33,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (crc32, load_run, load_shards, read_config, released_folder, save_run, save_shards, set_aside,
+from checkpoint import (crc32, keep_best, load_run, load_shards, read_config, released_folder, save_run, save_shards, set_aside,
                         sole_process, write_atomically, writing)
 from data.prepare import prepare
 from data.tokenizer import encoding_from_json, encoding_to_json, get_tokenizer, token_lengths
@@ -145,7 +146,7 @@ def configure(given):
         if ".prev" in path.name:
             set_aside(path, ckpt)
         model_flags = {}
-    elif earlier := [p for p in map(out_dir.joinpath, ("ckpt.pt", "ckpt.prev.pt", "ckpt", "ckpt.prev")) if p.exists()]:
+    elif earlier := [p for p in map(out_dir.joinpath, ("ckpt.pt", "ckpt.prev.pt", "ckpt", "ckpt.prev", "best.pt")) if p.exists()]:
         raise ValueError(f"{earlier[0]} holds an earlier run; go on with it by --resume, or start anew in another "
                          "--out_dir")
     elif "init_from" in given:
@@ -368,6 +369,16 @@ class Validation:
             nats += loss.item() * int((y != -100).sum())
         model.train()
         return {"val_loss": nats / self.n, "val_bpb": nats / math.log(2) / self.bytes}
+
+
+def short_sample(model, separator, encoding, cfg):
+    """How a document may begin, at most 64 tokens of it: the same dice each time, and not those of the training."""
+    dice = torch.Generator(model.lm_head.weight.device).manual_seed(cfg.seed)
+    start = torch.tensor([[separator]], device=dice.device)
+    tokens = model.generate(start, min(64, cfg.block_size - 1), 0.8, speculative=False, stop=[separator], generator=dice)
+    enc = encoding_from_json(encoding)
+    text = [enc.decode_single_token_bytes(t) for t in tokens[0, 1:].tolist() if t < enc.n_vocab and t != separator]
+    return b"".join(text).decode("utf-8", "replace")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -647,7 +658,7 @@ def run(given, rank, world):
         from fp8 import convert_to_fp8      # and with it Triton, if it is there
         convert_to_fp8(raw_model)
     optimizers = make_optimizers(raw_model, cfg, device)
-    step, samples, skipped, log = 0, 0, 0, []
+    step, samples, skipped, log, best = 0, 0, 0, [], {"val_loss": math.inf, "iter": 0}
     if ckpt:
         if cfg.fsdp:
             load_shards(ckpt["shards"], raw_model, *optimizers)
@@ -655,7 +666,9 @@ def run(given, rank, world):
             raw_model.load_state_dict(ckpt["model"])
             for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        step, samples, skipped = ckpt["step"], ckpt["samples"], ckpt["skipped"]
+        step, samples, skipped, best = ckpt["step"], ckpt["samples"], ckpt["skipped"], ckpt.get("best", best)
+        if best["iter"] == step and rank == 0 and not cfg.fsdp:     # a kill may have come between the two files
+            keep_best(out_dir)
         torch.set_rng_state(ckpt["rng_state"])
         if (out_dir / "log.jsonl").is_file():       # what came after the checkpoint happens anew
             lines = (out_dir / "log.jsonl").read_text().splitlines()
@@ -676,8 +689,9 @@ def run(given, rank, world):
 
     def save_checkpoint():
         state = {"config": dataclasses.asdict(config), "train_config": {**dataclasses.asdict(cfg), "resume": False},
-                 "step": step, "samples": samples, "skipped": skipped, "rng_state": torch.get_rng_state(), "meta": meta,
-                 "encoding": encoding, "sequences_per_step": sequences_per_step}
+                 "step": step, "samples": samples, "skipped": skipped, "best": best,
+                 "rng_state": torch.get_rng_state(), "meta": meta, "encoding": encoding,
+                 "sequences_per_step": sequences_per_step}
         if cfg.fsdp:
             save_shards(out_dir, state, raw_model, *optimizers)
         elif rank == 0:
@@ -686,6 +700,8 @@ def run(given, rank, world):
                 state["ema"] = ema.mean
             save_run(out_dir, state | {"model": raw_model.state_dict(),
                                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+            if best["iter"] == step:
+                keep_best(out_dir)
         if world > 1:       # torchrun ends all ranks when one ends, so none may before the file is there
             dist.barrier()
 
@@ -792,10 +808,15 @@ def run(given, rank, world):
                     with ema.in_place():
                         averaged = validation.evaluate(single, cfg.batch_size, device, autocast, doc_ids)
                     val |= {f"{name}_ema": value for name, value in averaged.items()}
+                if val["val_loss"] < best["val_loss"]:
+                    best = {"val_loss": val["val_loss"], "iter": step}
                 entry |= val
             entry["elapsed_s"] = time.monotonic() - START
             if rank == 0:
                 entry = {k: v if v is not None and math.isfinite(v) else None for k, v in entry.items()}    # JSON has no NaN
+                if evaluate and entry["val_loss"] and not cfg.fsdp:
+                    entry["sample"] = short_sample(raw_model, meta["separator"], encoding, cfg)
+                    print(f"step {step}/{cfg.max_iters} | sample {entry['sample']!r}")
                 with writing(out_dir / "log.jsonl"), open(out_dir / "log.jsonl", "a") as f:
                     f.write(json.dumps(entry) + "\n")
             if evaluate:

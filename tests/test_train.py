@@ -86,7 +86,8 @@ def interrupt(monkeypatch, step):
 
 
 def test_trains_logs_and_samples(data_dir, tmp_path):
-    ok(data_dir, tmp_path / "out", "--max_iters", 60, "--learning_rate", 1e-2, "--eval_interval", 30, "--log_interval", 5)
+    done = ok(data_dir, tmp_path / "out", "--max_iters", 60, "--learning_rate", 1e-2, "--eval_interval", 30,
+              "--log_interval", 5)
     entries = log(tmp_path / "out")
     assert [e["iter"] for e in entries] == [1, *range(5, 61, 5)]
     keys = {"iter", "loss", "main_loss", "mtp_loss", "balance_loss", "lr", "grad_norm", "tokens_per_s", "mfu",
@@ -98,7 +99,8 @@ def test_trains_logs_and_samples(data_dir, tmp_path):
     assert last["val_bpb"] == pytest.approx(last["val_loss"] / math.log(2), rel=0.05)       # bytes, but for separators
     assert last["loss"] == pytest.approx(last["main_loss"] + 0.1 * last["mtp_loss"] + 1e-4 * last["balance_loss"])
     assert entries[-1]["elapsed_s"] > entries[0]["elapsed_s"] > 0
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"ckpt.pt", "ckpt.prev.pt", "log.jsonl", "lock"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"ckpt.pt", "ckpt.prev.pt", "best.pt", "log.jsonl", "lock"}
+    assert 10 < len(last["sample"]) <= 31 and repr(last["sample"]) in done.stdout and "sample" not in entries[1]
 
     for ckpt in (tmp_path / "out", tmp_path / "out" / "ckpt.pt"):
         done = ok(None, None, "--ckpt", ckpt, "--prompt", "line 3", "--max_new_tokens", 40, "--temperature", 0.5,
@@ -313,6 +315,43 @@ def test_the_average_of_the_weights_is_evaluated_saved_and_resumed(data_dir, tmp
     ok(data_dir, tmp_path / "cut", "--resume")
     assert all(torch.equal(v, checkpoint(tmp_path / "cut")["ema"][k]) for k, v in b["ema"].items())
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_checkpoint_is_kept(data_dir, tmp_path, monkeypatch, links):
+    """Validation losses are made up; a run is resumed after its best step, and after a kill between the two files."""
+    losses = {1: 5.0, 2: 3.0, 3: 4.0, 4: math.nan, 5: 3.5, 6: 2.0, 7: 2.5}
+    steps, save = iter(losses), train.save_run
+    monkeypatch.setattr(train.Validation, "evaluate", lambda *_: {"val_loss": losses[next(steps)], "val_bpb": 1.0})
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "no hard links here")))
+    best = lambda: load_checkpoint(tmp_path / "best.pt")["step"]
+    ok(data_dir, tmp_path, "--max_iters", 3, "--eval_interval", 1)
+    assert best() == 2 and checkpoint(tmp_path)["step"] == 3
+    ok(data_dir, tmp_path, "--max_iters", 5, "--eval_interval", 1, "--resume")
+    assert best() == 2 and [("sample" in e) for e in log(tmp_path)] == [True, True, True, False, True]
+
+    def killed(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_run", killed)
+    with pytest.raises(SystemExit):
+        ok(data_dir, tmp_path, "--max_iters", 7, "--eval_interval", 1, "--resume")
+    assert best() == 2 and checkpoint(tmp_path)["step"] == 6
+    monkeypatch.setattr(train, "save_run", save)
+    ok(data_dir, tmp_path, "--max_iters", 7, "--eval_interval", 1, "--resume")
+    assert best() == 6 and checkpoint(tmp_path)["step"] == 7 and not list(tmp_path.glob("*.tmp"))
+    assert (os.stat(tmp_path / "best.pt").st_ino == os.stat(tmp_path / "ckpt.prev.pt").st_ino) == links
+    ok(None, None, "--ckpt", tmp_path / "best.pt", "--max_new_tokens", 1, script="sample.py")
+
+
+def test_samples_leave_the_run_as_it_is(data_dir, tmp_path, monkeypatch):
+    ok(data_dir, tmp_path / "a", "--max_iters", 4, "--eval_interval", 1)
+    monkeypatch.setattr(train, "short_sample", lambda *_: "")
+    ok(data_dir, tmp_path / "b", "--max_iters", 4, "--eval_interval", 1)
+    assert_equal_runs(tmp_path / "a", tmp_path / "b")
+    assert torch.equal(checkpoint(tmp_path / "a")["rng_state"], checkpoint(tmp_path / "b")["rng_state"])
 
 
 def test_weight_decay_touches_matrices_only():
