@@ -88,9 +88,10 @@ def save_run(out_dir, state):
 
 
 def keep_best(out_dir):
-    """OUT/ckpt.pt under the name OUT/best.pt too: the same file, whatever becomes of the first name, where the file
-    system has hard links, else a copy."""
-    path, best, temporary = (out_dir / name for name in ("ckpt.pt", "best.pt", "best.pt.tmp"))
+    """OUT/ckpt.pt (or, where --resume went back to it, OUT/ckpt.prev.pt) under the name OUT/best.pt too: the same file,
+    whatever becomes of its first name, where the file system has hard links, else a copy."""
+    path, previous, best, temporary = (out_dir / name for name in ("ckpt.pt", "ckpt.prev.pt", "best.pt", "best.pt.tmp"))
+    path = path if path.exists() else previous
     try:
         temporary.unlink(missing_ok=True)
         os.link(path, temporary)

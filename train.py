@@ -33,8 +33,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (crc32, keep_best, load_run, load_shards, read_config, released_folder, save_run, save_shards, set_aside,
-                        sole_process, write_atomically, writing)
+from checkpoint import (crc32, keep_best, load_run, load_shards, read_config, released_folder, save_run, save_shards,
+                        set_aside, sole_process, write_atomically, writing)
 from data.prepare import prepare
 from data.tokenizer import encoding_from_json, encoding_to_json, get_tokenizer, token_lengths
 from model import MTP, DeepSeekV3, DeepSeekV3Config, Gate
@@ -146,7 +146,8 @@ def configure(given):
         if ".prev" in path.name:
             set_aside(path, ckpt)
         model_flags = {}
-    elif earlier := [p for p in map(out_dir.joinpath, ("ckpt.pt", "ckpt.prev.pt", "ckpt", "ckpt.prev", "best.pt")) if p.exists()]:
+    elif earlier := [p for name in ("ckpt.pt", "ckpt.prev.pt", "ckpt", "ckpt.prev", "best.pt")
+                     if (p := out_dir / name).exists()]:
         raise ValueError(f"{earlier[0]} holds an earlier run; go on with it by --resume, or start anew in another "
                          "--out_dir")
     elif "init_from" in given:

@@ -342,6 +342,11 @@ def test_the_best_checkpoint_is_kept(data_dir, tmp_path, monkeypatch, links):
     monkeypatch.setattr(train, "save_run", save)
     ok(data_dir, tmp_path, "--max_iters", 7, "--eval_interval", 1, "--resume")
     assert best() == 6 and checkpoint(tmp_path)["step"] == 7 and not list(tmp_path.glob("*.tmp"))
+    (tmp_path / "ckpt.pt").unlink()     # back to step 6, the best
+    (tmp_path / "best.pt").unlink()
+    steps = iter([7])
+    ok(data_dir, tmp_path, "--max_iters", 7, "--eval_interval", 1, "--resume")
+    assert best() == 6
     assert (os.stat(tmp_path / "best.pt").st_ino == os.stat(tmp_path / "ckpt.prev.pt").st_ino) == links
     ok(None, None, "--ckpt", tmp_path / "best.pt", "--max_new_tokens", 1, script="sample.py")
 
