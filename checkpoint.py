@@ -87,6 +87,22 @@ def save_run(out_dir, state):
     write_atomically(out_dir / "ckpt.pt", lambda f: save_summed(state, f), check_sum, out_dir / "ckpt.prev.pt")
 
 
+def keep_best(out_dir):
+    """OUT/ckpt.pt (or, where --resume went back to it, OUT/ckpt.prev.pt) under the name OUT/best.pt too: the same file,
+    whatever becomes of its first name, where the file system has hard links, else a copy."""
+    path, previous, best, temporary = (out_dir / name for name in ("ckpt.pt", "ckpt.prev.pt", "best.pt", "best.pt.tmp"))
+    path = path if path.exists() else previous
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(path, temporary)
+        os.replace(temporary, best)
+    except OSError:
+        with open(path, "rb") as f:
+            write_atomically(best, lambda copy: shutil.copyfileobj(f, copy), check_sum)
+    finally:
+        temporary.unlink(missing_ok=True)       # it stays where both are the same file already
+
+
 def save_shards(out_dir, state, model, optimizer):
     """The like of save_run for a sharded model, called by all ranks: a folder OUT/ckpt, and OUT/ckpt.prev. Tensors go into
     safetensors by torch.distributed.checkpoint (whose own format has pickles), state and checksums into run.pt."""
@@ -238,7 +254,9 @@ def load_checkpoint(path):
         if config.num_hidden_layers + config.num_nextn_predict_layers > len(ckpt["model"]):
             raise ValueError("too few tensors")
         # a dict of its own, as assign=True leaves a mark in a state_dict's metadata that makes the next load assign too
-        on_meta(DeepSeekV3, config, path).load_state_dict(dict(ckpt["model"]), assign=True)
+        model = on_meta(DeepSeekV3, config, path)
+        for weights in ckpt["model"], ckpt.get("ema", ckpt["model"]):
+            model.load_state_dict(dict(weights), assign=True)
     except (ValueError, RuntimeError, TypeError, LookupError, AttributeError) as e:
         raise ValueError(f"{path} holds weights that don't fit its config: {' '.join(str(e).split())[:200]}") from None
     return ckpt

@@ -26,12 +26,15 @@ from data.tokenizer import encode, encoding_from_json, fim_ids, get_tokenizer, s
 from model import DeepSeekV3, DeepSeekV3Config
 
 
-def load(path, device):
+def load(path, device, ema=False):
     """A run's folder, its ckpt.pt, or a released checkpoint's folder or id on the Hugging Face Hub -> model in eval mode on the device (bfloat16 on a
     GPU), tiktoken.Encoding, the token to put before prompts (or None), the set of tokens to stop at, and the number of
-    tokens that the model was trained to see at a time (None: what its config allows)."""
+    tokens that the model was trained to see at a time (None: what its config allows). ema: the average of the run's
+    weights."""
     path = released_folder(path)
     if (path / "config.json").is_file() and not (path / "ckpt.pt").is_file():
+        if ema:
+            raise ValueError(f"--ema: {path} is a released checkpoint, which holds no average; leave the flag out")
         return load_released(path, device)
     if not path.exists():
         raise ValueError(f"--ckpt {path} does not exist; train a model first with: python train.py --out_dir {path}")
@@ -41,12 +44,14 @@ def load(path, device):
             print(f"the last checkpoint of {path} is damaged or missing: using {used}", file=sys.stderr)
     else:
         ckpt = load_checkpoint(path)
+    if ema and "ema" not in ckpt:
+        raise ValueError(f"--ema: {path} holds no average of its weights; train with --ema_decay, or leave the flag out")
     with torch.device("cpu" if "shards" in ckpt else "meta"):
         model = DeepSeekV3(DeepSeekV3Config(**ckpt["config"]))
     if "shards" in ckpt:
         load_shards(ckpt["shards"], model)
     else:
-        model.load_state_dict(ckpt["model"], assign=True)
+        model.load_state_dict(ckpt["ema" if ema else "model"], assign=True)
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     enc, block_size = encoding_from_json(ckpt["encoding"]), ckpt["train_config"].get("block_size")
     if type(block_size) is not int:
@@ -133,6 +138,7 @@ def main(argv=None):
                                      allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, help="folder of a run, its ckpt.pt, or a released checkpoint's folder or "
                                                       "id on the Hugging Face Hub")
+    parser.add_argument("--ema", action="store_true", help="the moving average of a run's weights (train.py --ema_decay)")
     parser.add_argument("--prompt", help="text to continue, or FILE:path")
     parser.add_argument("--prefix", help="fill in the middle: text before the hole, or FILE:path")
     parser.add_argument("--suffix", help="text after the hole, or FILE:path")
@@ -154,7 +160,7 @@ def main(argv=None):
         if args.prompt is not None and (args.prefix is not None or args.suffix is not None):
             raise ValueError("--prompt is text to continue, --prefix and --suffix surround a hole; give one or the other")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, enc, bos, stop, window = load(args.ckpt, device)
+        model, enc, bos, stop, window = load(args.ckpt, device, args.ema)
         if args.compile:
             compile_steps(model)
         suffix = ""

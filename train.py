@@ -8,7 +8,8 @@ Train a DeepSeek-V3 on one device, or by torchrun on many.
     python train.py --preset tiny --n_routed_experts 32 --num_nextn_predict_layers 2    # any field of the model's config
     torchrun --nproc_per_node 8 train.py --preset small         # --batch_size is each GPU's; --fsdp: for larger models
 
-Writes OUT_DIR/ckpt.pt (the last checkpoint, with all that sample.py and --resume need) and OUT_DIR/log.jsonl.
+Writes OUT_DIR/ckpt.pt (the last checkpoint, with all that sample.py and --resume need), OUT_DIR/best.pt (that of the
+lowest validation loss) and OUT_DIR/log.jsonl.
 """
 
 import time
@@ -23,6 +24,7 @@ import math
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,8 +33,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (crc32, load_run, load_shards, read_config, released_folder, save_run, save_shards, set_aside,
-                        sole_process, write_atomically, writing)
+from checkpoint import (crc32, keep_best, load_run, load_shards, read_config, released_folder, save_run, save_shards,
+                        set_aside, sole_process, write_atomically, writing)
 from data.prepare import prepare
 from data.tokenizer import encoding_from_json, encoding_to_json, get_tokenizer, token_lengths
 from model import MTP, DeepSeekV3, DeepSeekV3Config, Gate
@@ -66,9 +68,11 @@ class TrainConfig:
     batch_size: int = option(None, "sequences of a micro-batch, on each rank of torchrun")
     block_size: int = option(None, "tokens of a sequence")
     gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step")
+    batch_ramp: bool = option(False, "begin with micro-batches of a fifth of --batch_size, as the report does")
     optimizer: str = option("adamw", "adamw, or muon for the hidden matrices with adamw for the rest (tiny: muon)")
     bf16_moments: bool = option(False, "keep AdamW's moments in bfloat16, as the report does")
     learning_rate: float = option(None, "the peak")
+    ema_decay: float = option(0.0, "of a moving average of the weights on the CPU, evaluated and saved beside them (0: none)")
     mask_documents: bool = option(False, "keep attention and MTP from crossing documents (the report doesn't, in "
                                          "pre-training)")
     eval_interval: int = option(None, "steps between evaluations, each with a checkpoint; the last step has one anyway")
@@ -142,7 +146,8 @@ def configure(given):
         if ".prev" in path.name:
             set_aside(path, ckpt)
         model_flags = {}
-    elif earlier := [p for p in map(out_dir.joinpath, ("ckpt.pt", "ckpt.prev.pt", "ckpt", "ckpt.prev")) if p.exists()]:
+    elif earlier := [p for name in ("ckpt.pt", "ckpt.prev.pt", "ckpt", "ckpt.prev", "best.pt")
+                     if (p := out_dir / name).exists()]:
         raise ValueError(f"{earlier[0]} holds an earlier run; go on with it by --resume, or start anew in another "
                          "--out_dir")
     elif "init_from" in given:
@@ -167,8 +172,15 @@ def configure(given):
                  "log_interval"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(cfg, name)}")
+    if cfg.batch_ramp and cfg.batch_size < 5:
+        raise ValueError(f"--batch_ramp begins with a fifth of --batch_size {cfg.batch_size}, which is less than a "
+                         "sequence; make it at least 5")
     if not 0 < cfg.learning_rate < math.inf:
         raise ValueError(f"--learning_rate must be a finite number over 0, got {cfg.learning_rate}")
+    if not 0 <= cfg.ema_decay < 1:
+        raise ValueError(f"--ema_decay must be at least 0 and less than 1, got {cfg.ema_decay}")
+    if cfg.ema_decay and cfg.fsdp:
+        raise ValueError("--ema_decay can't be given with --fsdp: rank 0 averages whole weights, and has none")
     if cfg.optimizer not in ("adamw", "muon"):
         raise ValueError(f"--optimizer {cfg.optimizer!r} is unknown; choose adamw or muon")
     if cfg.fsdp and cfg.optimizer == "muon":
@@ -200,7 +212,8 @@ FREE_OF_WEIGHTS = ("max_position_embeddings", "rope_scaling", "bias_update_speed
                    "mtp_loss_weight")
 GIVE_UP_AFTER = 10      # steps in a row whose loss or gradient is not finite
 # what --resume can't change: the order of the data and the optimizer's state depend on these
-FIXED_ON_RESUME = ("preset", "init_from", "fp8", "seed", "block_size", "optimizer", "bf16_moments", "fsdp")
+FIXED_ON_RESUME = ("preset", "init_from", "fp8", "seed", "block_size", "batch_ramp", "optimizer", "bf16_moments",
+                   "fsdp")
 
 
 def pick_device(cfg):
@@ -359,11 +372,29 @@ class Validation:
         return {"val_loss": nats / self.n, "val_bpb": nats / math.log(2) / self.bytes}
 
 
+def short_sample(model, separator, encoding, cfg):
+    """How a document may begin, at most 64 tokens of it: the same dice each time, and not those of the training."""
+    dice = torch.Generator(model.lm_head.weight.device).manual_seed(cfg.seed)
+    start = torch.tensor([[separator]], device=dice.device)
+    tokens = model.generate(start, min(64, cfg.block_size - 1), 0.8, speculative=False, stop=[separator], generator=dice)
+    enc = encoding_from_json(encoding)
+    text = [enc.decode_single_token_bytes(t) for t in tokens[0, 1:].tolist() if t < enc.n_vocab and t != separator]
+    return b"".join(text).decode("utf-8", "replace")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimization
 
+def batch_sizes(cfg):
+    """(max_iters,) int: the sequences of each step's micro-batches. With --batch_ramp they grow from a fifth to all over
+    the first 469B of 14.8T tokens (§4.2: 3072 to 15360), which are 5.17% of the steps where growth is linear in these."""
+    ramp = 0.2 + 0.8 * np.arange(cfg.max_iters) / (0.0517 * cfg.max_iters)
+    return (cfg.batch_size * (ramp.clip(max=1) if cfg.batch_ramp else np.ones(cfg.max_iters))).round().astype(int)
+
+
 def schedule(progress):
     """The report's schedules (§4.2) over a run's progress in [0, 1]: factors of learning rate, gamma and lambda.
+    Progress is the share of the run's tokens, which --batch_ramp makes another one than that of its steps.
 
     The report's 14.8T tokens: learning rate warmed up (2K steps; here 2% of the run), constant up to 10T, cosine down
     to a tenth up to 14.3T, a tenth, and for the last 167B tokens 0.033; gamma 0.001 up to 14.3T, then 0; lambda 0.3 up
@@ -441,6 +472,60 @@ class BF16AdamW(torch.optim.Optimizer):
                 denominator = v.div_(1 - beta2 ** state["step"]).sqrt_().add_(group["eps"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1 ** state["step"]))
+
+
+class EMA:
+    """Exponential moving average of weights and router biases in the CPU's memory (§3.2.2): an early estimate of what the
+    learning rate's decay will bring. A GPU doesn't wait for it: while it computes the next step, the weights travel into
+    pinned memory on a stream of their own, and a thread averages what has arrived."""
+
+    def __init__(self, model, decay, mean=None):
+        self.weights, self.decay = model.state_dict(), decay        # the weights themselves, no copies
+        self.mean = mean or {name: w.to("cpu", copy=True) for name, w in self.weights.items()}
+        self.arrived, self.stream = self.weights, None
+        if model.lm_head.weight.is_cuda:
+            self.arrived = {name: torch.empty_like(m, pin_memory=True) for name, m in self.mean.items()}
+            self.stream, self.thread, self.averaged = torch.cuda.Stream(), ThreadPoolExecutor(1), None
+
+    def update(self, step):
+        """Take in the weights as this step left them. In the first steps their share is larger, 9 / (step + 9), lest the
+        initial weights linger."""
+        share = max(1 - self.decay, 9 / (step + 9))
+        if not self.stream:
+            return self.average(share)
+        self.wait()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for name, w in self.weights.items():
+                self.arrived[name].copy_(w, non_blocking=True)
+        self.averaged = self.thread.submit(self.average, share)
+
+    def average(self, share):
+        if self.stream:
+            self.stream.synchronize()
+        torch._foreach_lerp_(list(self.mean.values()), list(self.arrived.values()), share)
+
+    def before_weights_change(self):
+        """The GPU waits until they have left."""
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def wait(self):
+        if self.stream and self.averaged:
+            self.averaged.result()
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """The average in the weights' place, for a while."""
+        self.wait()
+        raw = {name: w.to("cpu", copy=True) for name, w in self.weights.items()}
+        try:
+            for name, w in self.weights.items():
+                w.copy_(self.mean[name])
+            yield
+        finally:
+            for name, w in self.weights.items():
+                w.copy_(raw[name])
 
 
 def load_released(dir, config, device):
@@ -574,7 +659,7 @@ def run(given, rank, world):
         from fp8 import convert_to_fp8      # and with it Triton, if it is there
         convert_to_fp8(raw_model)
     optimizers = make_optimizers(raw_model, cfg, device)
-    step, samples, skipped, log = 0, 0, 0, []
+    step, samples, skipped, log, best = 0, 0, 0, [], {"val_loss": math.inf, "iter": 0}
     if ckpt:
         if cfg.fsdp:
             load_shards(ckpt["shards"], raw_model, *optimizers)
@@ -582,15 +667,18 @@ def run(given, rank, world):
             raw_model.load_state_dict(ckpt["model"])
             for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        step, samples, skipped = ckpt["step"], ckpt["samples"], ckpt["skipped"]
+        step, samples, skipped, best = ckpt["step"], ckpt["samples"], ckpt["skipped"], ckpt.get("best", best)
+        if best["iter"] == step and rank == 0 and not cfg.fsdp:     # a kill may have come between the two files
+            keep_best(out_dir)
         torch.set_rng_state(ckpt["rng_state"])
         if (out_dir / "log.jsonl").is_file():       # what came after the checkpoint happens anew
             lines = (out_dir / "log.jsonl").read_text().splitlines()
             log = [line for line in lines if line.endswith("}") and json.loads(line)["iter"] <= step]
     if rank == 0:
         write_atomically(out_dir / "log.jsonl", lambda f: f.write("".join(line + "\n" for line in log).encode()))
+    ema = EMA(raw_model, cfg.ema_decay, ckpt and ckpt.get("ema")) if cfg.ema_decay and rank == 0 else None
     use_compile = device.type == "cuda" and not cfg.fsdp if cfg.compile is None else cfg.compile
-    model = torch.compile(raw_model) if use_compile else raw_model
+    model = single = torch.compile(raw_model) if use_compile else raw_model      # single: what a rank can run alone
     if world > 1 and not cfg.fsdp:      # averages the gradients; the only buffers are router biases, equal on all ranks
         model = DistributedDataParallel(model, forward_sync_buffers=False)
 
@@ -602,25 +690,32 @@ def run(given, rank, world):
 
     def save_checkpoint():
         state = {"config": dataclasses.asdict(config), "train_config": {**dataclasses.asdict(cfg), "resume": False},
-                 "step": step, "samples": samples, "skipped": skipped, "rng_state": torch.get_rng_state(), "meta": meta,
-                 "encoding": encoding, "sequences_per_step": sequences_per_step}
+                 "step": step, "samples": samples, "skipped": skipped, "best": best,
+                 "rng_state": torch.get_rng_state(), "meta": meta, "encoding": encoding,
+                 "sequences_per_step": sequences_per_step}
         if cfg.fsdp:
             save_shards(out_dir, state, raw_model, *optimizers)
         elif rank == 0:
+            if ema:
+                ema.wait()
+                state["ema"] = ema.mean
             save_run(out_dir, state | {"model": raw_model.state_dict(),
                                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+            if best["iter"] == step:
+                keep_best(out_dir)
         if world > 1:       # torchrun ends all ranks when one ends, so none may before the file is there
             dist.barrier()
 
     saved = out_dir / ("ckpt" if cfg.fsdp else "ckpt.pt")
     sequences_per_step = world * cfg.batch_size * cfg.gradient_accumulation_steps
-    tokens_per_step = sequences_per_step * cfg.block_size
+    sizes = batch_sizes(cfg)
+    sequences = (sizes * (world * cfg.gradient_accumulation_steps)).cumsum()        # up to and with each step
     flops_per_token, peak = raw_model.flops_per_token(cfg.block_size), peak_flops(device)
     peak = peak and peak * world
     print(f"{cfg.init_from or cfg.preset}: {raw_model.num_params():,} parameters, "
           f"{raw_model.num_params(active=True):,} active per token; {len(data.tokens):,} tokens of {cfg.data_dir}; "
-          f"{cfg.max_iters} steps of {tokens_per_step:,} tokens on {f'{world} x ' * (world > 1)}{device.type} in "
-          f"{str(dtype).removeprefix('torch.')}")
+          f"{cfg.max_iters} steps of {sequences_per_step * cfg.block_size:,} tokens{' in the end' * cfg.batch_ramp} on "
+          f"{f'{world} x ' * (world > 1)}{device.type} in {str(dtype).removeprefix('torch.')}")
     if step:
         print(f"resumed {out_dir} at step {step}")
 
@@ -637,16 +732,16 @@ def run(given, rank, world):
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     # The training loop
-    timer, timed_steps, skipped_in_a_row = time.monotonic(), 0, 0
+    timer, timed_from, skipped_in_a_row = time.monotonic(), samples, 0
     while step < cfg.max_iters and not stop:
-        lr, gamma, lam = schedule((step + 1) / cfg.max_iters)
+        batch_size, (lr, gamma, lam) = int(sizes[step]), schedule(float(sequences[step] / sequences[-1]))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = cfg.learning_rate * lr
         load = 0
         losses = torch.zeros(5, device=device)      # loss, main, mtp, balance: sums over micro-batches; interrupted
         for micro_step in range(cfg.gradient_accumulation_steps):
-            x, y = data.batch(samples + rank * cfg.batch_size, cfg.batch_size)
+            x, y = data.batch(samples + rank * batch_size, batch_size)
             if device.type == "cuda":
                 x, y = x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
             else:
@@ -658,7 +753,7 @@ def run(given, rank, world):
             (loss / cfg.gradient_accumulation_steps).backward()
             losses[:4] += torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]])
             load = load + aux["load"]
-            samples += world * cfg.batch_size
+            samples += world * batch_size
         losses[4] = interrupted
         if world > 1:       # one sum for all, so that all decide alike what follows
             dist.all_reduce(losses)
@@ -670,19 +765,22 @@ def run(given, rank, world):
         # for the GPU here, at the cost of queueing no kernels ahead of it
         finite, stop = torch.stack([torch.isfinite(losses.sum() + grad_norm), losses[4] > 0]).tolist()
         if finite:
+            if ema:
+                ema.before_weights_change()
             for optimizer in optimizers:
                 optimizer.step()
             raw_model.update_router_bias(load, speed=config.bias_update_speed * gamma)
+            if ema:
+                ema.update(step + 1)
             skipped_in_a_row = 0
         else:
             skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
             print(f"step {step + 1}/{cfg.max_iters} skipped: its loss or gradient is not finite", flush=True)
         raw_model.zero_grad(set_to_none=True)
         step += 1
-        timed_steps += 1
         if skipped_in_a_row == GIVE_UP_AFTER:
             save_checkpoint()
-            first = samples - sequences_per_step
+            first = samples - world * batch_size * cfg.gradient_accumulation_steps
             raise ValueError(f"loss or gradient were not finite {GIVE_UP_AFTER} times in a row, up to step {step} "
                              f"(samples {first} to {samples - 1}); {saved} holds the last good weights: look "
                              "at the data, or --resume with a lower --learning_rate")
@@ -691,15 +789,14 @@ def run(given, rank, world):
         evaluate = step % cfg.eval_interval == 0 or step == cfg.max_iters
         if step % cfg.log_interval == 0 or step == 1 or evaluate:
             loss, main_loss, mtp_loss, balance_loss = (losses[:4] / cfg.gradient_accumulation_steps / world).tolist()
-            seconds = (time.monotonic() - timer) / timed_steps
+            tokens_per_s = (samples - timed_from) * cfg.block_size / (time.monotonic() - timer)
             vio = load.float().amax(1) / load.float().mean(1) - 1      # MaxVio of each layer (arXiv 2408.15664)
             entry = {"iter": step, "loss": loss, "main_loss": main_loss, "mtp_loss": mtp_loss,
                      "balance_loss": balance_loss, "lr": cfg.learning_rate * lr, "grad_norm": grad_norm.item(),
-                     "tokens_per_s": tokens_per_step / seconds,
-                     "mfu": flops_per_token * tokens_per_step / seconds / peak if peak else None,
+                     "tokens_per_s": tokens_per_s, "mfu": flops_per_token * tokens_per_s / peak if peak else None,
                      "max_vio": vio.mean().item() if len(vio) else 0.0, "dead_experts": int((load == 0).sum()),
                      "skipped": skipped}
-            left = int(seconds * (cfg.max_iters - step))
+            left = int((sequences[-1] - sequences[step - 1]) * cfg.block_size / tokens_per_s)
             mfu = f"{entry['mfu']:.1%}" if peak else "n/a"
             dead = f" dead {entry['dead_experts']}" if entry["dead_experts"] else ""    # no token of this step
             print(f"step {step}/{cfg.max_iters} | loss {loss:.3f} main {main_loss:.3f} mtp {mtp_loss:.3f} | "
@@ -708,17 +805,27 @@ def run(given, rank, world):
                   f"{left // 60}:{left % 60:02d} left", flush=True)
             if evaluate:
                 val = validation.evaluate(model, cfg.batch_size, device, autocast, doc_ids)
+                if ema:
+                    with ema.in_place():
+                        averaged = validation.evaluate(single, cfg.batch_size, device, autocast, doc_ids)
+                    val |= {f"{name}_ema": value for name, value in averaged.items()}
+                if val["val_loss"] < best["val_loss"]:
+                    best = {"val_loss": val["val_loss"], "iter": step}
                 entry |= val
             entry["elapsed_s"] = time.monotonic() - START
             if rank == 0:
                 entry = {k: v if v is not None and math.isfinite(v) else None for k, v in entry.items()}    # JSON has no NaN
+                if evaluate and entry["val_loss"] and not cfg.fsdp:
+                    entry["sample"] = short_sample(raw_model, meta["separator"], encoding, cfg)
+                    print(f"step {step}/{cfg.max_iters} | sample {entry['sample']!r}")
                 with writing(out_dir / "log.jsonl"), open(out_dir / "log.jsonl", "a") as f:
                     f.write(json.dumps(entry) + "\n")
             if evaluate:
                 save_checkpoint()
+                average = f"; of the average {val['val_loss_ema']:.4f}, {val['val_bpb_ema']:.4f}" if ema else ""
                 print(f"step {step}/{cfg.max_iters} | val loss {val['val_loss']:.4f} nats/token, "
-                      f"{val['val_bpb']:.4f} bits/byte | saved {saved}", flush=True)
-            timer, timed_steps = time.monotonic(), 0
+                      f"{val['val_bpb']:.4f} bits/byte{average} | saved {saved}", flush=True)
+            timer, timed_from = time.monotonic(), samples
 
     if stopped := stop and step < cfg.max_iters:
         save_checkpoint()

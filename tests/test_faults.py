@@ -277,4 +277,5 @@ def test_killed_at_any_moment_a_run_ends_in_the_same_weights_bit_for_bit(data_di
     assert int(done.stdout) >= 20
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
     assert [e["loss"] for e in log(tmp_path / "killed")] == [e["loss"] for e in log(tmp_path / "whole")]
-    assert {p.name for p in (tmp_path / "killed").iterdir()} == {"ckpt.pt", "ckpt.prev.pt", "log.jsonl", "lock"}
+    assert {p.name for p in (tmp_path / "killed").iterdir()} == {"ckpt.pt", "ckpt.prev.pt", "best.pt", "log.jsonl",
+                                                                  "lock"}

@@ -72,8 +72,22 @@ def assert_equal_runs(a, b):
                        for k, v in one["state"][i].items())
 
 
+def interrupt(monkeypatch, step):
+    """Ctrl-C in the middle of a step."""
+    schedule, calls = train.schedule, [0]
+
+    def interrupted(progress):
+        calls[0] += 1
+        if calls[0] == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return schedule(progress)
+
+    monkeypatch.setattr(train, "schedule", interrupted)
+
+
 def test_trains_logs_and_samples(data_dir, tmp_path):
-    ok(data_dir, tmp_path / "out", "--max_iters", 60, "--learning_rate", 1e-2, "--eval_interval", 30, "--log_interval", 5)
+    done = ok(data_dir, tmp_path / "out", "--max_iters", 60, "--learning_rate", 1e-2, "--eval_interval", 30,
+              "--log_interval", 5)
     entries = log(tmp_path / "out")
     assert [e["iter"] for e in entries] == [1, *range(5, 61, 5)]
     keys = {"iter", "loss", "main_loss", "mtp_loss", "balance_loss", "lr", "grad_norm", "tokens_per_s", "mfu",
@@ -85,7 +99,8 @@ def test_trains_logs_and_samples(data_dir, tmp_path):
     assert last["val_bpb"] == pytest.approx(last["val_loss"] / math.log(2), rel=0.05)       # bytes, but for separators
     assert last["loss"] == pytest.approx(last["main_loss"] + 0.1 * last["mtp_loss"] + 1e-4 * last["balance_loss"])
     assert entries[-1]["elapsed_s"] > entries[0]["elapsed_s"] > 0
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"ckpt.pt", "ckpt.prev.pt", "log.jsonl", "lock"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"ckpt.pt", "ckpt.prev.pt", "best.pt", "log.jsonl", "lock"}
+    assert 10 < len(last["sample"]) <= 31 and repr(last["sample"]) in done.stdout and "sample" not in entries[1]
 
     for ckpt in (tmp_path / "out", tmp_path / "out" / "ckpt.pt"):
         done = ok(None, None, "--ckpt", ckpt, "--prompt", "line 3", "--max_new_tokens", 40, "--temperature", 0.5,
@@ -232,6 +247,118 @@ def test_schedule_has_the_report_s_corners():
     assert [0.3 * train.schedule(t / 14.8)[2] for t in (0, 9.9, 10.01, 14.8)] == pytest.approx([0.3, 0.3, 0.1, 0.1])
 
 
+def test_the_batch_ramps_over_the_report_s_share_of_the_tokens(data_dir, tmp_path, monkeypatch):
+    sizes = train.batch_sizes(train.TrainConfig(batch_ramp=True, max_iters=100_000, batch_size=15360))
+    tokens = sizes.cumsum() / sizes.sum()
+    assert sizes[0] == 3072 and sizes.max() == 15360 and (np.diff(sizes) >= 0).all()
+    assert tokens[sizes.argmax()] == pytest.approx(469e9 / 14.8e12, rel=0.01) and (sizes[sizes.argmax():] == 15360).all()
+    assert train.batch_sizes(train.TrainConfig(batch_ramp=True, max_iters=30, batch_size=16)).tolist() == [3, 11] + 28 * [16]
+    assert train.batch_sizes(train.TrainConfig(max_iters=3, batch_size=4)).tolist() == [4, 4, 4]
+
+    flags = ["--max_iters", 30, "--batch_size", 10, "--gradient_accumulation_steps", 2, "--batch_ramp", "--log_interval", 1,
+             "--eval_interval", 30, "--learning_rate", 0.01]
+    ok(data_dir, tmp_path / "whole", *flags)
+    sizes = train.batch_sizes(train.TrainConfig(batch_ramp=True, max_iters=30, batch_size=10))
+    assert sizes.tolist() == [2, 7] + 28 * [10]
+    done = 2 * sizes.cumsum()
+    assert checkpoint(tmp_path / "whole")["samples"] == done[-1]
+    for entry, n in zip(log(tmp_path / "whole"), done, strict=True):       # the schedules follow the tokens
+        assert entry["lr"] == pytest.approx(0.01 * train.schedule(n / done[-1])[0], rel=1e-12)
+    interrupt(monkeypatch, 3)
+    with pytest.raises(SystemExit):
+        ok(data_dir, tmp_path / "cut", *flags)
+    assert checkpoint(tmp_path / "cut")["step"] == 3 and checkpoint(tmp_path / "cut")["samples"] == done[2]
+    ok(data_dir, tmp_path / "cut", *flags, "--resume")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_average_of_the_weights_is_evaluated_saved_and_resumed(data_dir, tmp_path, monkeypatch):
+    flags = ["--max_iters", 12, "--eval_interval", 6, "--learning_rate", 0.03, "--bias_update_speed", 0.01]
+    seen, update = [], DeepSeekV3.update_router_bias        # the last thing that a step does to the model
+
+    def watched(self, *args, **kwargs):
+        update(self, *args, **kwargs)
+        seen.append({k: v.clone() for k, v in self.state_dict().items()})
+
+    monkeypatch.setattr(DeepSeekV3, "update_router_bias", watched)
+    ok(data_dir, tmp_path / "plain", *flags)
+    weights = list(seen)
+    done = ok(data_dir, tmp_path / "whole", *flags, "--ema_decay", 0.6)
+    a, b = checkpoint(tmp_path / "plain"), checkpoint(tmp_path / "whole")
+    assert "ema" not in a and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())     # it only looks on
+
+    torch.manual_seed(1337)
+    expected = DeepSeekV3(DeepSeekV3Config(**a["config"])).state_dict()
+    for step, now in enumerate(weights, 1):
+        share = max(0.4, 9 / (step + 9))
+        expected = {k: (1 - share) * v + share * now[k] for k, v in expected.items()}
+    assert any("e_score_correction_bias" in k for k in expected)
+    for k, v in b["ema"].items():
+        torch.testing.assert_close(v, expected[k], rtol=1e-4, atol=1e-6)
+
+    last = log(tmp_path / "whole")[-1]
+    assert last["val_loss"] == log(tmp_path / "plain")[-1]["val_loss"] != last["val_loss_ema"]
+    assert f"of the average {last['val_loss_ema']:.4f}, {last['val_bpb_ema']:.4f}" in done.stdout
+    meta = json.loads((data_dir / "meta.json").read_text())
+    validation = train.Validation(data_dir / "val.bin", meta, b["encoding"], 32)
+    model = sample.load(tmp_path / "whole", "cpu", ema=True)[0]
+    found = validation.evaluate(model, 4, torch.device("cpu"), torch.no_grad, lambda x: None)
+    assert found["val_loss"] == pytest.approx(last["val_loss_ema"], rel=1e-6)
+    said = [ok(None, None, "--ckpt", tmp_path / "whole", "--temperature", 0, "--max_new_tokens", 30, *flag,
+               script="sample.py").stdout for flag in ([], ["--ema"])]
+    assert said[0] != said[1]
+
+    interrupt(monkeypatch, 5)
+    with pytest.raises(SystemExit):
+        ok(data_dir, tmp_path / "cut", *flags, "--ema_decay", 0.6)
+    assert checkpoint(tmp_path / "cut")["step"] == 5
+    ok(data_dir, tmp_path / "cut", "--resume")
+    assert all(torch.equal(v, checkpoint(tmp_path / "cut")["ema"][k]) for k, v in b["ema"].items())
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_checkpoint_is_kept(data_dir, tmp_path, monkeypatch, links):
+    """Validation losses are made up; a run is resumed after its best step, and after a kill between the two files."""
+    losses = {1: 5.0, 2: 3.0, 3: 4.0, 4: math.nan, 5: 3.5, 6: 2.0, 7: 2.5}
+    steps, save = iter(losses), train.save_run
+    monkeypatch.setattr(train.Validation, "evaluate", lambda *_: {"val_loss": losses[next(steps)], "val_bpb": 1.0})
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "no hard links here")))
+    best = lambda: load_checkpoint(tmp_path / "best.pt")["step"]
+    ok(data_dir, tmp_path, "--max_iters", 3, "--eval_interval", 1)
+    assert best() == 2 and checkpoint(tmp_path)["step"] == 3
+    ok(data_dir, tmp_path, "--max_iters", 5, "--eval_interval", 1, "--resume")
+    assert best() == 2 and [("sample" in e) for e in log(tmp_path)] == [True, True, True, False, True]
+
+    def killed(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_run", killed)
+    with pytest.raises(SystemExit):
+        ok(data_dir, tmp_path, "--max_iters", 7, "--eval_interval", 1, "--resume")
+    assert best() == 2 and checkpoint(tmp_path)["step"] == 6
+    monkeypatch.setattr(train, "save_run", save)
+    ok(data_dir, tmp_path, "--max_iters", 7, "--eval_interval", 1, "--resume")
+    assert best() == 6 and checkpoint(tmp_path)["step"] == 7 and not list(tmp_path.glob("*.tmp"))
+    (tmp_path / "ckpt.pt").unlink()     # back to step 6, the best
+    (tmp_path / "best.pt").unlink()
+    steps = iter([7])
+    ok(data_dir, tmp_path, "--max_iters", 7, "--eval_interval", 1, "--resume")
+    assert best() == 6
+    assert (os.stat(tmp_path / "best.pt").st_ino == os.stat(tmp_path / "ckpt.prev.pt").st_ino) == links
+    ok(None, None, "--ckpt", tmp_path / "best.pt", "--max_new_tokens", 1, script="sample.py")
+
+
+def test_samples_leave_the_run_as_it_is(data_dir, tmp_path, monkeypatch):
+    ok(data_dir, tmp_path / "a", "--max_iters", 4, "--eval_interval", 1)
+    monkeypatch.setattr(train, "short_sample", lambda *_: "")
+    ok(data_dir, tmp_path / "b", "--max_iters", 4, "--eval_interval", 1)
+    assert_equal_runs(tmp_path / "a", tmp_path / "b")
+    assert torch.equal(checkpoint(tmp_path / "a")["rng_state"], checkpoint(tmp_path / "b")["rng_state"])
+
+
 def test_weight_decay_touches_matrices_only():
     model = DeepSeekV3(DeepSeekV3Config.preset("tiny"))
     optimizer, = train.make_optimizers(model, train.TrainConfig(learning_rate=1e-3), torch.device("cpu"))
@@ -297,6 +424,9 @@ def test_muon_takes_the_hidden_matrices_and_each_expert_by_itself():
     (["--max_iters", "0"], "--max_iters must be at least 1"),
     (["--learning_rate", "nan"], "--learning_rate"),
     (["--optimizer", "sgd"], "'sgd'"),
+    (["--batch_ramp"], "a fifth of --batch_size 4"),
+    (["--ema_decay", "1"], "--ema_decay must be at least 0 and less than 1"),
+    (["--ema_decay", "0.9", "--fsdp", "--optimizer", "adamw"], "can't be given with --fsdp"),
     (["--dtype", "float16"], "'float16'"),
     (["--device", "cuda:77"], "--device cuda:77"),
     (["--device", "abacus"], "--device abacus"),
@@ -408,6 +538,7 @@ def test_text_beyond_the_block_size_goes_on_from_its_last_half(speculative):
     (["--ckpt", "{out}", "--max_new_tokens", "-1"], "max_new_tokens"),
     (["--ckpt", "{out}", "--num_sampels", "1"], "--num_sampels"),
     (["--ckpt", "{out}", "--num_samples", "0"], "--num_samples"),
+    (["--ckpt", "{out}", "--ema"], "holds no average"),
     (["--ckpt", "{out}", "--suffix", "x"], "tokenizer bytes has no <｜fim▁begin｜>"),
     (["--ckpt", "{out}", "--suffix", "x", "--prompt", "y"], "one or the other"),
     (["--ckpt", "{out}", "--prefix", "FILE:{latin}"], "--prefix FILE:"),

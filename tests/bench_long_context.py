@@ -1,0 +1,165 @@
+"""
+Context extension in two phases, as in §4.3 of the report: a model trained on 128 bytes reads 512, then 2048, by YaRN.
+
+    python tests/bench_long_context.py --out_dir out-long      # goes on where it stopped
+    python tests/bench_long_context.py --out_dir out-long --plot long_context.png        # needs: pip install matplotlib
+
+The data, alternating: Python's own source, and texts of filler with a pass key in them that is asked for at the end. A
+phase's pass keys lie in texts that fit its context. Evaluated after each phase, and before, at lengths up to 2048:
+    loss by position        on source that was not trained on
+    passkey retrieval       share of the keys of which all 5 digits are the likeliest tokens, by length of the text and
+                            depth of the key in it
+The report's YaRN in both phases: s = 40, alpha = 1, beta = 32, attention factor 0.1 ln s + 1.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import sample  # noqa: E402
+from data.prepare import folder, prepare, STDLIB_SKIP  # noqa: E402
+from model import DeepSeekV3  # noqa: E402
+
+PHASES = {128: (3000, 16), 512: (200, 4), 2048: (200, 1)}       # context: steps, batch
+MODEL = ("--hidden_size 96 --num_hidden_layers 3 --n_routed_experts 4 --num_experts_per_tok 2 --n_group 1 --topk_group 1 "
+         "--num_nextn_predict_layers 0 --max_position_embeddings 128").split()
+YARN = dict(type="yarn", factor=40, original_max_position_embeddings=128, beta_fast=32, beta_slow=1, mscale=1.0,
+            mscale_all_dim=1.0)
+FILLER = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+KEY, QUESTION = b"The pass key is %05d. ", b"Which? The pass key is "
+DEPTHS, TRIES = (0.0, 0.25, 0.5, 0.75, 1.0), 20
+
+
+def passkey_text(length, depth, rng):
+    """A text of `length` bytes that ends in the key's 5 digits and a full stop, and the key."""
+    key = rng.randrange(10**5)
+    room = length - len(KEY % key) - len(QUESTION) - 6
+    before, start = round(depth * room), rng.randrange(len(FILLER))
+    filler = (FILLER * (length // len(FILLER) + 2))[start:start + room]
+    return filler[:before] + KEY % key + filler[before:] + QUESTION + b"%05d." % key
+
+
+def write_texts(where, context):
+    """Three million bytes of source in pieces, and half as many in pass key texts."""
+    rng, source, size = random.Random(context), [], 0
+    for text in folder(Path(json.__file__).parent.parent, "*.py", STDLIB_SKIP, where):
+        source.append(text)
+        size += len(text)
+        if size > 3e6:
+            break
+    per_source = int(1.5e6 / (context * 0.75) / len(source)) + 1
+    where.mkdir(parents=True, exist_ok=True)
+    for i, text in enumerate(source):
+        (where / f"{i:04}-source.txt").write_bytes(text)
+        for j in range(per_source):
+            length = rng.randint(70, context - 8) if context == 128 else rng.randint(context // 4, context - 8)
+            (where / f"{i:04}-{j:04}.txt").write_bytes(passkey_text(length, rng.random(), rng))
+
+
+def run_phase(out_dir, context, released):
+    """Train from `released` (None: from scratch), and export to OUT/released-CONTEXT."""
+    steps, batch = PHASES[context]
+    data, run, export = (out_dir / f"{name}-{context}" for name in ("data", "run", "released"))
+    if (export / "config.json").exists():
+        return export
+    if not (data / "meta.json").exists():
+        write_texts(out_dir / f"texts-{context}", context)
+        prepare(data, input=out_dir / f"texts-{context}", tokenizer=released or "bytes")
+    flags = ["--resume"] if (run / "ckpt.pt").exists() else [
+        "--data_dir", data, "--max_iters", steps, "--batch_size", batch, "--block_size", context, "--optimizer", "muon",
+        "--eval_interval", 250, "--log_interval", 50, "--learning_rate", 0.02 if released is None else 0.005]
+    if flags != ["--resume"]:
+        flags += MODEL if released is None else ["--init_from", released]
+        if context == 512:
+            flags += ["--rope_scaling", json.dumps(YARN), "--max_position_embeddings", 512]
+    subprocess.run([sys.executable, ROOT / "train.py", "--out_dir", run, *map(str, flags)], check=True)
+    model, enc, *_ = sample.load(run, "cpu")
+    model.save_pretrained(export, enc)
+    return export
+
+
+@torch.no_grad()
+def evaluate(path, separator, source, lengths):
+    """-> {"loss": nats by position (2048,), "passkey": {length: [share by depth]}}"""
+    model = DeepSeekV3.from_pretrained(path, torch.float32, max_position_embeddings=4096)
+    losses = []
+    for rows in source.split(4):
+        logits = model(rows[:, :-1])[0]
+        losses.append(torch.nn.functional.cross_entropy(logits.mT, rows[:, 1:], reduction="none"))
+    passkey, rng = {}, random.Random(0)
+    for length in lengths:
+        passkey[length] = []
+        for depth in DEPTHS:
+            texts = [[separator, *passkey_text(length - 1, depth, rng)] for _ in range(TRIES)]
+            rows = torch.tensor(texts)
+            found = torch.cat([model(part[:, :-1])[0][:, -6:-1].argmax(-1) for part in rows.split(4)])
+            passkey[length].append((found == rows[:, -6:-1]).all(1).float().mean().item())
+    return {"loss": torch.cat(losses).mean(0).tolist(), "passkey": passkey}
+
+
+def plot(results, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 1 + len(results), figsize=(4.2 + 2.6 * len(results), 3.6), layout="constrained",
+                             width_ratios=[1.7] + [1] * len(results))
+    for name, result in results.items():
+        loss = np.array(result["loss"]).reshape(-1, 64).mean(1)
+        axes[0].plot(np.arange(len(loss)) * 64 + 32, loss, label=name)
+    axes[0].set(xscale="log", xlabel="position", ylabel="loss, nats per byte", title="loss by position")
+    axes[0].legend(fontsize=8)
+    for axis, (name, result) in zip(axes[1:], results.items()):
+        lengths = sorted(result["passkey"], key=int)
+        grid = np.array([result["passkey"][n] for n in lengths]).T      # (depth, length)
+        axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for (y, x), value in np.ndenumerate(grid):
+            axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=7)
+        axis.set(xticks=range(len(lengths)), yticks=range(len(DEPTHS)), xlabel="length of the text", title=name)
+        axis.set_xticklabels(lengths, fontsize=8)
+        axis.set_yticklabels([f"{d:.0%}" for d in DEPTHS], fontsize=8)
+        axis.title.set_fontsize(9)
+    axes[1].set_ylabel("depth of the pass key")
+    fig.savefig(path, dpi=90)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", type=Path, default=Path("out-long"))
+    parser.add_argument("--plot", help="write the picture to this file")
+    args = parser.parse_args()
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    path, results, released = args.out_dir / "results.json", {}, None
+    if path.exists():
+        results = json.loads(path.read_text())
+    for context in PHASES:
+        released = run_phase(args.out_dir, context, released)
+        name = f"trained on {context}" if context == 128 else f"extended to {context}"
+        if name not in results:
+            data = args.out_dir / "data-128"
+            separator = json.loads((data / "meta.json").read_text())["separator"]
+            # whole files only, beyond what train.py's training split holds
+            tokens = np.fromfile(data / "val.bin", np.uint16).astype(np.int64)
+            cuts = [*np.flatnonzero(tokens == separator), len(tokens)]
+            rows = [tokens[a:a + 2049] for a, b in zip(cuts, cuts[1:]) if b - a >= 2049][:64]
+            results[name] = evaluate(released, separator, torch.from_numpy(np.stack(rows)), (128, 256, 512, 1024, 2048))
+            path.write_text(json.dumps(results))
+        loss = np.array(results[name]["loss"])
+        print(f"{name}: loss at positions " + ", ".join(f"{a}-{b}: {loss[a:b].mean():.3f}" for a, b in (
+            (0, 128), (128, 512), (512, 1024), (1024, 2048))))
+        for length, shares in results[name]["passkey"].items():
+            print(f"    passkey in {length}: " + "  ".join(f"{d:.0%}: {s:.0%}" for d, s in zip(DEPTHS, shares)))
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
