@@ -304,7 +304,7 @@ def test_the_average_of_the_weights_is_evaluated_saved_and_resumed(data_dir, tmp
     model = sample.load(tmp_path / "whole", "cpu", ema=True)[0]
     found = validation.evaluate(model, 4, torch.device("cpu"), torch.no_grad, lambda x: None)
     assert found["val_loss"] == pytest.approx(last["val_loss_ema"], rel=1e-6)
-    said = [ok(None, None, "--ckpt", tmp_path / "whole", "--temperature", 0, "--max_new_tokens", 30, *flag,
+    said = [ok(None, None, "--ckpt", tmp_path / "whole", "--temperature", 1, "--max_new_tokens", 300, *flag,
                script="sample.py").stdout for flag in ([], ["--ema"])]
     assert said[0] != said[1]
 
