@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import struct
 import subprocess
@@ -20,7 +21,7 @@ from data.prepare import prepare
 from data.tokenizer import (BYTES, DEEPSEEK_EOS, KIMI_PATTERN, build, encode, encoding_to_tokenizer_json, get_tokenizer,
                             tokenizer_files)
 from fp8 import quantize_reference, weight_dequant
-from model import DeepSeekV3
+from model import MLA, DeepSeekV3
 
 st = pytest.importorskip("safetensors.torch", reason="released checkpoints are safetensors files")
 YARN = dict(type="yarn", factor=4, original_max_position_embeddings=32, beta_fast=32, beta_slow=1, mscale=0.7,
@@ -630,6 +631,22 @@ def test_bos_and_eos_as_the_folder_says(exported, capsys):
     (dir / "generation_config.json").write_text(json.dumps({"eos_token_id": 257 + 50}))
     with pytest.raises(SystemExit, match="bos or eos token 307"):
         sample.main(["--ckpt", str(dir)])
+
+
+def test_a_context_is_extended_in_two_phases(make_config):
+    """Each factor is relative to the original length, or one chosen at first stays, as the report's 40."""
+    def extend(config, length):
+        return dataclasses.replace(config, **train.extend_context(config, length))
+
+    first = extend(make_config(), 512)
+    second = extend(first, 2048)
+    assert [(c.max_position_embeddings, c.rope_scaling["factor"], c.rope_scaling["original_max_position_embeddings"])
+            for c in (first, second)] == [(512, 4, 128), (2048, 16, 128)]
+    assert MLA(second).softmax_scale == pytest.approx(20 ** -0.5 * (0.1 * math.log(16) + 1) ** 2)
+    chosen = dataclasses.replace(first, rope_scaling={**first.rope_scaling, "factor": 40})
+    assert extend(chosen, 2048).rope_scaling == {"type": "yarn", "factor": 40, "original_max_position_embeddings": 128,
+                                                 "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+    assert extend(chosen, 128 * 80).rope_scaling["factor"] == 80
 
 
 def test_fine_tuning(exported, tmp_path, capsys, monkeypatch):

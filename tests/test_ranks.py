@@ -108,6 +108,19 @@ def test_two_ranks_train_as_one_with_twice_the_batch(data_dir, tmp_path, torchru
     assert out.count("done.") == 1 and "steps of 512 tokens on 2 x cpu" in out
 
 
+def test_two_ranks_ramp_the_batch_and_average_the_weights_as_one(data_dir, tmp_path, torchrun):  # noqa: F811
+    flags = ["--max_iters", 6, "--eval_interval", 3, "--log_interval", 1, "--learning_rate", 1e-3, "--batch_ramp",
+             "--ema_decay", 0.5]
+    torchrun(2, tmp_path / "two", *flags, "--batch_size", 5)[1]()
+    ok(data_dir, tmp_path / "one", *flags, "--batch_size", 10)
+    same_curve(tmp_path / "one", tmp_path / "two")
+    one, two = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
+    assert one["samples"] == two["samples"] == 2 + 5 * 10       # a fifth in the first step
+    assert log(tmp_path / "one")[-1]["val_loss_ema"] == pytest.approx(log(tmp_path / "two")[-1]["val_loss_ema"], rel=1e-4)
+    for name, w in one["ema"].items():
+        assert (two["ema"][name] - w).abs().mean() < 2e-5
+
+
 def parameters(out_dir):
     return load_checkpoint(out_dir / "ckpt.pt")["model"]
 
