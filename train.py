@@ -33,10 +33,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (crc32, keep_best, load_run, load_shards, read_config, released_folder, save_run, save_shards,
+from checkpoint import (keep_best, load_run, load_shards, read_config, released_folder, save_run, save_shards,
                         set_aside, sole_process, write_atomically, writing)
-from data.prepare import prepare
-from data.tokenizer import encoding_from_json, encoding_to_json, get_tokenizer, token_lengths
+from data.loader import Validation, open_data
+from data.tokenizer import encoding_from_json, encoding_to_json, get_tokenizer
 from model import MTP, DeepSeekV3, DeepSeekV3Config, Gate
 
 
@@ -245,141 +245,6 @@ def keep_freed_memory():
         return      # another C library, which has no such habit to break
     mallopt(-3, 2**30)          # M_MMAP_THRESHOLD
     mallopt(-1, 2**31 - 1)      # M_TRIM_THRESHOLD
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data
-
-def open_bin(path, meta):
-    """The tokens of a .bin file, (n,) uint16 or uint32, mapped from disk."""
-    size = np.dtype(meta["dtype"]).itemsize
-    if path.stat().st_size % size:
-        raise ValueError(f"{path} is cut off in the middle of a token; delete the folder and prepare the data again")
-    return np.memmap(path, meta["dtype"], mode="r")
-
-
-class Tokens:
-    """The windows of a .bin file, in an order that depends on the seed and the sample's number only.
-
-    Each epoch cuts the file anew, at a random offset, into windows that don't overlap, and shuffles them. So sample
-    number n is the same whatever came before: a resumed run needs nothing but n.
-    """
-
-    def __init__(self, path, meta, block_size, vocab_size, seed):
-        self.path, self.T, self.vocab_size, self.seed = path, block_size, vocab_size, seed
-        self.tokens = open_bin(path, meta)
-        if len(self.tokens) <= block_size:
-            raise ValueError(f"{path} holds {len(self.tokens)} tokens, too few for one window of --block_size "
-                             f"{block_size} and the token after it; give more data or a smaller block")
-        self.windows = max((len(self.tokens) - 1) // block_size - 1, 1)     # one less: room for the offset
-        self.epoch = None
-
-    def batch(self, n, count):
-        """Samples n..n+count-1: x, y (count, T) int64, y shifted by one."""
-        rows = []
-        for i in range(n, n + count):
-            epoch, j = divmod(i, self.windows)
-            if epoch != self.epoch:
-                rng = np.random.default_rng([self.seed, epoch])
-                spare = min(len(self.tokens) - 1 - self.windows * self.T, self.T - 1)
-                self.epoch, self.offset, self.order = epoch, rng.integers(spare + 1), rng.permutation(self.windows)
-            at = self.offset + self.order[j] * self.T
-            rows.append(self.tokens[at:at + self.T + 1])
-        rows = np.stack(rows)
-        if rows.max() >= self.vocab_size:       # on a GPU the model can't look without a stall
-            raise SystemExit(f"train.py: {self.path} holds token {rows.max()}, outside the model's vocabulary of "
-                             f"{self.vocab_size}; prepare the data again, or raise --vocab_size")
-        rows = torch.from_numpy(rows.astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
-
-
-def read_meta(path):
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["dtype"] in ("uint16", "uint32") and 0 <= meta["separator"] < meta["vocab_size"] < 2**31:
-            return meta
-    except (ValueError, KeyError, TypeError):
-        pass        # the same sentence for all that can be wrong with it
-    raise ValueError(f"{path} is damaged; delete the folder and prepare the data again")
-
-
-def open_data(cfg, config, vocab_size_given):
-    """-> meta.json's dict, encoding.json's text and the train Tokens. Prepares the data first where there are none, and
-    sizes config.vocab_size to them unless it was given."""
-    data_dir = Path(cfg.data_dir)
-    if ranks()[0] == 0 and (not data_dir.exists() or data_dir.is_dir() and not any(data_dir.iterdir())):
-        source = data_dir.name if data_dir.name in ("shakespeare", "fineweb") else "stdlib"
-        print(f"{data_dir} has no data yet: preparing {source}")
-        prepare(data_dir, source=source)
-    for name in ("meta.json", "encoding.json", "train.bin", "val.bin"):
-        if not (data_dir / name).is_file():
-            raise ValueError(f"{data_dir} has no {name}; prepare your text with: python data/prepare.py --input "
-                             f"FILE_OR_DIR --out_dir {data_dir}")
-        if not (data_dir / name).stat().st_size:
-            raise ValueError(f"{data_dir / name} is empty; delete the folder and prepare the data again")
-    meta = read_meta(data_dir / "meta.json")
-    for name in ("train.bin", "val.bin"):       # all of it: nothing less notices a flipped bit
-        found = crc32(data_dir / name)
-        if meta.setdefault(name + "_crc32", found) != found:    # data of other making may have none
-            raise ValueError(f"{data_dir / name} is not what was prepared: damaged, cut off or changed since; delete "
-                             "the folder and prepare the data again")
-    encoding = (data_dir / "encoding.json").read_text(encoding="utf-8")
-    if not vocab_size_given:
-        config.vocab_size = -(-meta["vocab_size"] // 64) * 64       # a multiple of 64: tensor cores like it
-    elif meta["vocab_size"] > config.vocab_size:
-        raise ValueError(f"the data in {data_dir} have a vocabulary of {meta['vocab_size']} tokens, which doesn't fit "
-                         f"--vocab_size {config.vocab_size}; raise it, or leave the flag out")
-    return meta, encoding, Tokens(data_dir / "train.bin", meta, cfg.block_size, config.vocab_size, cfg.seed)
-
-
-class Validation:
-    """Mean loss over the validation split, or its first 256 KB of text: windows without overlap, every token counted.
-
-    The first token follows a document separator, unless it is one itself, and a window's first token the last of the
-    window before, so that only the context restarts with the window.
-    """
-
-    def __init__(self, path, meta, encoding, block_size):
-        lengths, separator = token_lengths(encoding_from_json(encoding)), meta["separator"]
-        tokens = open_bin(path, meta)[:4 * 2**18].astype(np.int64)
-        if tokens.max() >= len(lengths):
-            raise ValueError(f"{path} holds token {tokens.max()}, outside the tokenizer's vocabulary of {len(lengths)};"
-                             " prepare the data again")
-        ends = lengths[tokens].cumsum()
-        tokens = tokens[:np.searchsorted(ends, 2**18, side="right")]
-        if tokens[0] != separator:
-            tokens = np.concatenate([[separator], tokens])
-        self.n, self.bytes = len(tokens) - 1, int(lengths[tokens[1:]].sum())
-        if not self.bytes:
-            raise ValueError(f"{path} holds no text to evaluate on; prepare more data")
-        rows = -(-self.n // block_size)
-        self.x = torch.full((rows * block_size,), separator)
-        self.y = torch.full((rows * block_size,), -100)
-        self.x[:self.n], self.y[:self.n] = torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:])
-        self.x, self.y = self.x.view(rows, block_size), self.y.view(rows, block_size)
-
-    @torch.no_grad()
-    def evaluate(self, model, batch_size, device, autocast, doc_ids):
-        """-> val_loss in nats per token, val_bpb in bits per byte of the raw text."""
-        model.eval()
-        nats = 0.0
-        for x, y in zip(self.x.split(batch_size), self.y.split(batch_size)):
-            x, y = x.to(device), y.to(device)
-            with autocast():
-                _, loss, _ = model(x, y, doc_ids=doc_ids(x))
-            nats += loss.item() * int((y != -100).sum())
-        model.train()
-        return {"val_loss": nats / self.n, "val_bpb": nats / math.log(2) / self.bytes}
-
-
-def short_sample(model, separator, encoding, cfg):
-    """How a document may begin, at most 64 tokens of it: the same dice each time, and not those of the training."""
-    dice = torch.Generator(model.lm_head.weight.device).manual_seed(cfg.seed)
-    start = torch.tensor([[separator]], device=dice.device)
-    tokens = model.generate(start, min(64, cfg.block_size - 1), 0.8, speculative=False, stop=[separator], generator=dice)
-    enc = encoding_from_json(encoding)
-    text = [enc.decode_single_token_bytes(t) for t in tokens[0, 1:].tolist() if t < enc.n_vocab and t != separator]
-    return b"".join(text).decode("utf-8", "replace")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -599,6 +464,16 @@ def peak_flops(device):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A run
+
+def short_sample(model, separator, encoding, cfg):
+    """How a document may begin, at most 64 tokens of it: the same dice each time, and not those of the training."""
+    dice = torch.Generator(model.lm_head.weight.device).manual_seed(cfg.seed)
+    start = torch.tensor([[separator]], device=dice.device)
+    tokens = model.generate(start, min(64, cfg.block_size - 1), 0.8, speculative=False, stop=[separator], generator=dice)
+    enc = encoding_from_json(encoding)
+    text = [enc.decode_single_token_bytes(t) for t in tokens[0, 1:].tolist() if t < enc.n_vocab and t != separator]
+    return b"".join(text).decode("utf-8", "replace")
+
 
 def main(argv=None):
     given, (rank, world) = parse_args(argv), ranks()

@@ -142,11 +142,12 @@ train.dist.all_reduce = lambda t, *a, **k: None if t.dtype == torch.int64 and t.
 
 def test_no_sample_is_seen_twice(data_dir, tmp_path, torchrun):  # noqa: F811
     spy = f"""
-batch = train.Tokens.batch
+from data.loader import Tokens
+batch = Tokens.batch
 def spied(self, n, count):
     print(*range(n, n + count), file=open({str(tmp_path / "seen")!r} + os.environ["RANK"], "a"))
     return batch(self, n, count)
-train.Tokens.batch = spied"""
+Tokens.batch = spied"""
     torchrun(2, tmp_path / "out", "--max_iters", 3, "--gradient_accumulation_steps", 2, patch=spy)[1]()
     seen = [list(map(int, (tmp_path / f"seen{rank}").read_text().split())) for rank in range(2)]
     assert len(seen[0]) == len(seen[1]) == 24 and sorted(seen[0] + seen[1]) == list(range(48))

@@ -19,6 +19,7 @@ import torch
 import sample
 import train
 from checkpoint import load_checkpoint, write_atomically
+from data.loader import Tokens, Validation
 from data.prepare import prepare
 from model import DeepSeekV3, DeepSeekV3Config
 
@@ -186,7 +187,7 @@ def test_validation_counts_every_token_once(tmp_path):
     (tmp_path / "text.txt").write_bytes(text)
     meta = prepare(tmp_path / "d", input=tmp_path / "text.txt")
     val = text[len(text) * 9 // 10:]
-    v = train.Validation(tmp_path / "d" / "val.bin", meta, (tmp_path / "d" / "encoding.json").read_text(), 32)
+    v = Validation(tmp_path / "d" / "val.bin", meta, (tmp_path / "d" / "encoding.json").read_text(), 32)
     assert v.n == v.bytes == len(val)
     assert bytes(v.y[v.y != -100].tolist()) == val
     assert v.x[0, 0] == meta["separator"] and bytes(v.x.flatten()[1:v.n].tolist()) == val[:-1]
@@ -209,13 +210,13 @@ def test_validation_counts_every_token_once(tmp_path):
 def test_validation_stops_at_256_kb(tmp_path):
     (tmp_path / "text.txt").write_bytes(b"0123456789abcde\n" * 180_000)
     meta = prepare(tmp_path / "d", input=tmp_path / "text.txt")
-    v = train.Validation(tmp_path / "d" / "val.bin", meta, (tmp_path / "d" / "encoding.json").read_text(), 256)
+    v = Validation(tmp_path / "d" / "val.bin", meta, (tmp_path / "d" / "encoding.json").read_text(), 256)
     assert meta["val_tokens"] > 2**18 and v.bytes == v.n == 2**18
 
 
 def test_an_epoch_shows_each_window_once_and_the_next_one_another_cut(tmp_path):
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    tokens = train.Tokens(tmp_path / "train.bin", {"dtype": "uint16"}, 16, 1000, seed=1)
+    tokens = Tokens(tmp_path / "train.bin", {"dtype": "uint16"}, 16, 1000, seed=1)
     epochs = []
     for epoch in range(2):
         x, y = tokens.batch(epoch * tokens.windows, tokens.windows)
@@ -224,16 +225,16 @@ def test_an_epoch_shows_each_window_once_and_the_next_one_another_cut(tmp_path):
         assert len(set(seen)) == len(seen) >= 1000 - 3 * 16
         epochs.append(x[:, 0].tolist())
     assert sorted(epochs[0]) != sorted(epochs[1]) and epochs[0] != sorted(epochs[0])
-    fresh = train.Tokens(tmp_path / "train.bin", {"dtype": "uint16"}, 16, 1000, seed=1)      # a sample depends on its number only
+    fresh = Tokens(tmp_path / "train.bin", {"dtype": "uint16"}, 16, 1000, seed=1)      # a sample depends on its number only
     assert torch.equal(fresh.batch(70, 3)[0], torch.cat([tokens.batch(n, 1)[0] for n in (70, 71, 72)]))
-    other = train.Tokens(tmp_path / "train.bin", {"dtype": "uint16"}, 16, 1000, seed=2)
+    other = Tokens(tmp_path / "train.bin", {"dtype": "uint16"}, 16, 1000, seed=2)
     assert not torch.equal(other.batch(0, 5)[0], tokens.batch(0, 5)[0])
 
 
 def test_a_token_outside_the_vocabulary_is_named(tmp_path):
     np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    with pytest.raises(SystemExit, match=r"token \d\d, outside the model's vocabulary of 64"):
-        train.Tokens(tmp_path / "train.bin", {"dtype": "uint16"}, 16, 64, seed=1).batch(0, 5)
+    with pytest.raises(ValueError, match=r"token \d\d, outside the model's vocabulary of 64"):
+        Tokens(tmp_path / "train.bin", {"dtype": "uint16"}, 16, 64, seed=1).batch(0, 5)
 
 
 def test_schedule_has_the_report_s_corners():
@@ -299,7 +300,7 @@ def test_the_average_of_the_weights_is_evaluated_saved_and_resumed(data_dir, tmp
     assert last["val_loss"] == log(tmp_path / "plain")[-1]["val_loss"] != last["val_loss_ema"]
     assert f"of the average {last['val_loss_ema']:.4f}, {last['val_bpb_ema']:.4f}" in done.stdout
     meta = json.loads((data_dir / "meta.json").read_text())
-    validation = train.Validation(data_dir / "val.bin", meta, b["encoding"], 32)
+    validation = Validation(data_dir / "val.bin", meta, b["encoding"], 32)
     model = sample.load(tmp_path / "whole", "cpu", ema=True)[0]
     found = validation.evaluate(model, 4, torch.device("cpu"), torch.no_grad, lambda x: None)
     assert found["val_loss"] == pytest.approx(last["val_loss_ema"], rel=1e-6)
@@ -334,7 +335,7 @@ def test_the_best_checkpoint_is_kept(data_dir, tmp_path, monkeypatch, links):
     """Validation losses are made up; a run is resumed after its best step, and after a kill between the two files."""
     losses = {1: 5.0, 2: 3.0, 3: 4.0, 4: math.nan, 5: 3.5, 6: 2.0, 7: 2.5}
     steps, save = iter(losses), train.save_run
-    monkeypatch.setattr(train.Validation, "evaluate", lambda *_: {"val_loss": losses[next(steps)], "val_bpb": 1.0})
+    monkeypatch.setattr(Validation, "evaluate", lambda *_: {"val_loss": losses[next(steps)], "val_bpb": 1.0})
     if not links:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "no hard links here")))
     best = lambda: load_checkpoint(tmp_path / "best.pt")["step"]
