@@ -502,7 +502,8 @@ def run(given, rank, world):
         dist.broadcast(torch.zeros(1), 0)
     cfg, config, ckpt = configure(given)
     device, dtype = pick_device(cfg)
-    meta, encoding, data = open_data(cfg, config, ckpt is not None or "vocab_size" in given or bool(cfg.init_from))
+    meta, encoding, data = open_data(cfg, config, ckpt is not None or "vocab_size" in given or bool(cfg.init_from),
+                                     rank)
     if cfg.init_from and not ckpt and encoding != encoding_to_json(get_tokenizer(cfg.init_from)):
         raise ValueError(f"the data in {cfg.data_dir} were not prepared with the tokenizer of {cfg.init_from}; "
                          f"prepare them with: python data/prepare.py --tokenizer {cfg.init_from} --out_dir DIR")

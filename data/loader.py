@@ -67,11 +67,11 @@ def read_meta(path):
     raise ValueError(f"{path} is damaged; delete the folder and prepare the data again")
 
 
-def open_data(cfg, config, vocab_size_given):
-    """-> meta.json's dict, encoding.json's text and the train Tokens. Prepares the data first where there are none, and
-    sizes config.vocab_size to them unless it was given."""
+def open_data(cfg, config, vocab_size_given, rank=0):
+    """-> meta.json's dict, encoding.json's text and the train Tokens. Rank 0 prepares the data first where there are none.
+    Sizes config.vocab_size to them unless it was given."""
     data_dir = Path(cfg.data_dir)
-    if ranks()[0] == 0 and (not data_dir.exists() or data_dir.is_dir() and not any(data_dir.iterdir())):
+    if rank == 0 and (not data_dir.exists() or data_dir.is_dir() and not any(data_dir.iterdir())):
         source = data_dir.name if data_dir.name in ("shakespeare", "fineweb") else "stdlib"
         print(f"{data_dir} has no data yet: preparing {source}")
         prepare(data_dir, source=source)
