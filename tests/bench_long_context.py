@@ -90,10 +90,20 @@ def run_phase(out_dir, context, released):
     return export
 
 
+def held_out(data):
+    """The separator, and windows of source (n, 2049) that no phase was trained on."""
+    separator = json.loads((data / "meta.json").read_text())["separator"]
+    tokens = np.fromfile(data / "val.bin", np.uint16).astype(np.int64)
+    tokens = tokens[len(tokens) // 5:]      # the phases' splits are not cut at quite the same file
+    cuts = [*np.flatnonzero(tokens == separator), len(tokens)]
+    rows = [tokens[i:i + 2049] for a, b in zip(cuts, cuts[1:]) for i in range(a, b - 2048, 2049)][:64]
+    return separator, torch.from_numpy(np.stack(rows))
+
+
 @torch.no_grad()
-def evaluate(path, separator, source, lengths):
+def evaluate(path, separator, source, lengths, **changes):
     """-> {"loss": nats by position (2048,), "passkey": {length: [share by depth]}}"""
-    model = DeepSeekV3.from_pretrained(path, torch.float32, max_position_embeddings=4096)
+    model = DeepSeekV3.from_pretrained(path, torch.float32, max_position_embeddings=4096, **changes)
     losses = []
     for rows in source.split(4):
         logits = model(rows[:, :-1])[0]
@@ -145,21 +155,18 @@ def main():
         results = json.loads(path.read_text())
     for context in PHASES:
         released = run_phase(args.out_dir, context, released)
-        name = f"trained on {context}" if context == 128 else f"extended to {context}"
-        if name not in results:
-            data = args.out_dir / "data-128"
-            separator = json.loads((data / "meta.json").read_text())["separator"]
-            tokens = np.fromfile(data / "val.bin", np.uint16).astype(np.int64)
-            tokens = tokens[len(tokens) // 5:]      # the phases' splits are not cut at quite the same file
-            cuts = [*np.flatnonzero(tokens == separator), len(tokens)]
-            rows = [tokens[i:i + 2049] for a, b in zip(cuts, cuts[1:]) for i in range(a, b - 2048, 2049)][:64]
-            results[name] = evaluate(released, separator, torch.from_numpy(np.stack(rows)), (128, 256, 512, 1024, 2048))
-            path.write_text(json.dumps(results))
-        loss = np.array(results[name]["loss"])
-        print(f"{name}: loss at positions " + ", ".join(f"{a}-{b}: {loss[a:b].mean():.3f}" for a, b in (
-            (0, 128), (128, 512), (512, 1024), (1024, 2048))))
-        for length, shares in results[name]["passkey"].items():
-            print(f"    passkey in {length}: " + "  ".join(f"{d:.0%}: {s:.0%}" for d, s in zip(DEPTHS, shares)))
+        names = {f"extended to {context}": {}}
+        if context == 128:
+            names = {"trained on 128": {}, "YaRN, not trained": {"rope_scaling": YARN}}
+        for name, changes in names.items():
+            if name not in results:
+                results[name] = evaluate(released, *held_out(args.out_dir / "data-128"), (128, 256, 512, 1024, 2048), **changes)
+                path.write_text(json.dumps(results))
+            loss = np.array(results[name]["loss"])
+            print(f"{name}: loss at positions " + ", ".join(f"{a}-{b}: {loss[a:b].mean():.3f}" for a, b in (
+                (0, 128), (128, 512), (512, 1024), (1024, 2048))))
+            for length, shares in results[name]["passkey"].items():
+                print(f"    passkey in {length}: " + "  ".join(f"{d:.0%}: {s:.0%}" for d, s in zip(DEPTHS, shares)))
     if args.plot:
         plot(results, args.plot)
 
