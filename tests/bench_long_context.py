@@ -4,11 +4,13 @@ Context extension in two phases, as in §4.3 of the report: a model trained on 1
     python tests/bench_long_context.py --out_dir out-long      # goes on where it stopped
     python tests/bench_long_context.py --out_dir out-long --plot long_context.png        # needs: pip install matplotlib
 
-The data, alternating: Python's own source, and texts of filler with a pass key in them that is asked for at the end. A
-phase's pass keys lie in texts that fit its context. Evaluated after each phase, and before, at lengths up to 2048:
+The data, alternating: Python's own source, and filler with a pass key in it that is asked for at the end, in texts that
+fit a phase's context. Evaluated after each phase, and before, at lengths up to 2048:
     loss by position        on source that was not trained on
-    passkey retrieval       share of the keys of which all 5 digits are the likeliest tokens, by length of the text and
-                            depth of the key in it
+    passkey retrieval       share of the keys of which all 4 characters are the likeliest tokens, by length of the text
+                            and depth of the key in it
+A key's characters are of four kinds that the filler lacks, so that looking one up takes a single step of attention. So
+small a model, after so few steps, learns none of it even at 128 (nor keys of 5 digits): what it shows is the loss.
 The report's YaRN in both phases: s = 40, alpha = 1, beta = 32, attention factor 0.1 ln s + 1.
 """
 
@@ -29,40 +31,41 @@ import sample  # noqa: E402
 from data.prepare import folder, prepare, STDLIB_SKIP  # noqa: E402
 from model import DeepSeekV3  # noqa: E402
 
-PHASES = {128: (3000, 16), 512: (200, 4), 2048: (200, 1)}       # context: steps, batch
-MODEL = ("--hidden_size 96 --num_hidden_layers 3 --n_routed_experts 4 --num_experts_per_tok 2 --n_group 1 --topk_group 1 "
+PHASES = {128: (1000, 16), 512: (200, 4), 2048: (200, 1)}       # context: steps, batch
+MODEL = ("--hidden_size 96 --num_hidden_layers 2 --n_routed_experts 4 --num_experts_per_tok 2 --n_group 1 --topk_group 1 "
          "--num_nextn_predict_layers 0 --max_position_embeddings 128").split()
 YARN = dict(type="yarn", factor=40, original_max_position_embeddings=128, beta_fast=32, beta_slow=1, mscale=1.0,
             mscale_all_dim=1.0)
-FILLER = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-KEY, QUESTION = b"The pass key is %05d. ", b"Which? The pass key is "
+FILLER = b"the grass is green. the sky is blue. the sun is yellow. here we go. there and back again. "
+KEY, QUESTION = b"the pass key is %b. ", b"which? the pass key is "
+KINDS = ("ABCDEFGHIJKLM", "0123456789", "NOPQRSTUVWXYZ", "!#$%&*+=<>@")     # of the characters of a key
 DEPTHS, TRIES = (0.0, 0.25, 0.5, 0.75, 1.0), 20
 
 
 def passkey_text(length, depth, rng):
-    """A text of `length` bytes that ends in the key's 5 digits and a full stop, and the key."""
-    key = rng.randrange(10**5)
-    room = length - len(KEY % key) - len(QUESTION) - 6
+    """A text of `length` bytes that ends in the question, the key's 4 characters and a full stop."""
+    key = "".join(rng.choice(kind) for kind in KINDS).encode()
+    room = length - len(KEY % key) - len(QUESTION) - 5
     before, start = round(depth * room), rng.randrange(len(FILLER))
     filler = (FILLER * (length // len(FILLER) + 2))[start:start + room]
-    return filler[:before] + KEY % key + filler[before:] + QUESTION + b"%05d." % key
+    return filler[:before] + KEY % key + filler[before:] + QUESTION + key + b"."
 
 
 def write_texts(where, context):
-    """Three million bytes of source in pieces, and half as many in pass key texts."""
+    """A million bytes each of source and of pass key texts."""
     rng, source, size = random.Random(context), [], 0
     for text in folder(Path(json.__file__).parent.parent, "*.py", STDLIB_SKIP, where):
         source.append(text)
         size += len(text)
-        if size > 3e6:
+        if size > 1e6:
             break
-    per_source = int(1.5e6 / (context * 0.75) / len(source)) + 1
+    per_source = int(1e6 / (context * 0.75) / len(source)) + 1
     where.mkdir(parents=True, exist_ok=True)
     for i, text in enumerate(source):
         (where / f"{i:04}-source.txt").write_bytes(text)
         for j in range(per_source):
-            length = rng.randint(70, context - 8) if context == 128 else rng.randint(context // 4, context - 8)
-            (where / f"{i:04}-{j:04}.txt").write_bytes(passkey_text(length, rng.random(), rng))
+            length = rng.randint(max(context // 4, 70), context - 8)
+            (where / f"{i:04}-key{j:04}.txt").write_bytes(passkey_text(length, rng.random(), rng))
 
 
 def run_phase(out_dir, context, released):
@@ -87,10 +90,20 @@ def run_phase(out_dir, context, released):
     return export
 
 
+def held_out(data):
+    """The separator, and windows of source (n, 2049) that no phase was trained on."""
+    separator = json.loads((data / "meta.json").read_text())["separator"]
+    tokens = np.fromfile(data / "val.bin", np.uint16).astype(np.int64)
+    tokens = tokens[len(tokens) // 5:]      # the phases' splits are not cut at quite the same file
+    cuts = [*np.flatnonzero(tokens == separator), len(tokens)]
+    rows = [tokens[i:i + 2049] for a, b in zip(cuts, cuts[1:]) for i in range(a, b - 2048, 2049)][:64]
+    return separator, torch.from_numpy(np.stack(rows))
+
+
 @torch.no_grad()
-def evaluate(path, separator, source, lengths):
+def evaluate(path, separator, source, lengths, **changes):
     """-> {"loss": nats by position (2048,), "passkey": {length: [share by depth]}}"""
-    model = DeepSeekV3.from_pretrained(path, torch.float32, max_position_embeddings=4096)
+    model = DeepSeekV3.from_pretrained(path, torch.float32, max_position_embeddings=4096, **changes)
     losses = []
     for rows in source.split(4):
         logits = model(rows[:, :-1])[0]
@@ -101,8 +114,8 @@ def evaluate(path, separator, source, lengths):
         for depth in DEPTHS:
             texts = [[separator, *passkey_text(length - 1, depth, rng)] for _ in range(TRIES)]
             rows = torch.tensor(texts)
-            found = torch.cat([model(part[:, :-1])[0][:, -6:-1].argmax(-1) for part in rows.split(4)])
-            passkey[length].append((found == rows[:, -6:-1]).all(1).float().mean().item())
+            found = torch.cat([model(part[:, :-1])[0][:, -5:-1].argmax(-1) for part in rows.split(4)])
+            passkey[length].append((found == rows[:, -5:-1]).all(1).float().mean().item())
     return {"loss": torch.cat(losses).mean(0).tolist(), "passkey": passkey}
 
 
@@ -142,21 +155,18 @@ def main():
         results = json.loads(path.read_text())
     for context in PHASES:
         released = run_phase(args.out_dir, context, released)
-        name = f"trained on {context}" if context == 128 else f"extended to {context}"
-        if name not in results:
-            data = args.out_dir / "data-128"
-            separator = json.loads((data / "meta.json").read_text())["separator"]
-            # whole files only, beyond what train.py's training split holds
-            tokens = np.fromfile(data / "val.bin", np.uint16).astype(np.int64)
-            cuts = [*np.flatnonzero(tokens == separator), len(tokens)]
-            rows = [tokens[a:a + 2049] for a, b in zip(cuts, cuts[1:]) if b - a >= 2049][:64]
-            results[name] = evaluate(released, separator, torch.from_numpy(np.stack(rows)), (128, 256, 512, 1024, 2048))
-            path.write_text(json.dumps(results))
-        loss = np.array(results[name]["loss"])
-        print(f"{name}: loss at positions " + ", ".join(f"{a}-{b}: {loss[a:b].mean():.3f}" for a, b in (
-            (0, 128), (128, 512), (512, 1024), (1024, 2048))))
-        for length, shares in results[name]["passkey"].items():
-            print(f"    passkey in {length}: " + "  ".join(f"{d:.0%}: {s:.0%}" for d, s in zip(DEPTHS, shares)))
+        names = {f"extended to {context}": {}}
+        if context == 128:
+            names = {"trained on 128": {}, "YaRN, not trained": {"rope_scaling": YARN}}
+        for name, changes in names.items():
+            if name not in results:
+                results[name] = evaluate(released, *held_out(args.out_dir / "data-128"), (128, 256, 512, 1024, 2048), **changes)
+                path.write_text(json.dumps(results))
+            loss = np.array(results[name]["loss"])
+            print(f"{name}: loss at positions " + ", ".join(f"{a}-{b}: {loss[a:b].mean():.3f}" for a, b in (
+                (0, 128), (128, 512), (512, 1024), (1024, 2048))))
+            for length, shares in results[name]["passkey"].items():
+                print(f"    passkey in {length}: " + "  ".join(f"{d:.0%}: {s:.0%}" for d, s in zip(DEPTHS, shares)))
     if args.plot:
         plot(results, args.plot)
 
