@@ -1,7 +1,7 @@
 """
 What FP8 does to the loss: training runs in BF16 and FP8 from the same seed over the same data, on a CPU by emulation.
 
-    python tests/bench_fp8_loss.py --out_dir out-fp8            # about two hours on two cores; goes on where it stopped
+    python tests/bench_fp8_loss.py --out_dir out-fp8            # some two hours on two cores; goes on where it stopped
     python tests/bench_fp8_loss.py --out_dir out-fp8 --plot fp8_loss.png        # needs: pip install matplotlib
 
 Five arithmetics, three seeds each, 1000 steps of the tiny preset with the report's optimizer, AdamW:
