@@ -310,10 +310,11 @@ def released_tensors(model):
 @torch.no_grad()
 def load(cls, dir, dtype=None, device=None, **changes):
     """DeepSeekV3.from_pretrained; cls: DeepSeekV3."""
-    from fp8 import E4M3, hold_in_fp8, quantize_reference, weight_dequant      # brings Triton, slow to import
-    dir = released_folder(dir)
+    dir, E4M3 = released_folder(dir), torch.float8_e4m3fn
     config = dataclasses.replace(read_config(dir), **changes)
     where = find_tensors(dir)       # {name: (file, dtype, shape)}
+    if dtype == E4M3 or any(stored == "F8_E4M3" for _, stored, _ in where.values()):
+        from fp8 import hold_in_fp8, quantize_reference, weight_dequant     # brings Triton, slow to import
     layers, depth = config.num_hidden_layers, config.num_nextn_predict_layers
     if layers + depth <= len(where):
         there = {".".join(name.split(".")[:3]) for name in where}

@@ -423,7 +423,7 @@ class Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x_q, w_t = Quantized(*ctx.saved_tensors[:2]), Quantized(*ctx.saved_tensors[2:])
         dx = dw = None
-        dy_q, dy_t = quantize(dy, rows=True, cols=True)
+        dy_q, dy_t = quantize(dy, cols=True)
         if ctx.needs_input_grad[0]:
             dx = gemm(dy_q, w_t, ctx.dtype)                                                 # Dgrad
         if ctx.needs_input_grad[1]:
@@ -555,14 +555,18 @@ def convert_to_fp8(model):
         raise ValueError(f"FP8 is for cuda and, emulated, for cpu; the model is on {device.type}")
     for name, module in model.named_modules():
         if name.rpartition(".")[2] != "lm_head" and type(module) in FP8_LAYERS:
-            module.__class__ = FP8_LAYERS[type(module)]
-            module.pow2 = name.endswith("o_proj")
+            swap_class(name, module)
     if reason := kernels_missing(device):
         warnings.warn(f"FP8 is emulated in PyTorch, with the same rounding but no speed-up: {reason}", stacklevel=2)
     return model
 
 
 FP8_LAYERS = {nn.Linear: FP8Linear, MLP: FP8MLP, Experts: FP8Experts}
+
+
+def swap_class(name, module):
+    module.__class__ = FP8_LAYERS[type(module)]
+    module.pow2 = name.endswith("o_proj")
 
 
 def hold_in_fp8(model):
@@ -573,8 +577,7 @@ def hold_in_fp8(model):
         stays = name.endswith(("lm_head", "eh_proj", "kv_b_proj"))
         if stays or type(module) not in FP8_LAYERS or any(p.size(-1) % 128 for p in module.parameters()):
             continue
-        module.__class__ = FP8_LAYERS[type(module)]
-        module.pow2 = name.endswith("o_proj")
+        swap_class(name, module)
         for key, p in list(module.named_parameters(recurse=False)):
             blocks = *p.shape[:-2], -(-p.size(-2) // 128), -(-p.size(-1) // 128)
             setattr(module, key, nn.Parameter(torch.empty_like(p, dtype=E4M3), requires_grad=False))

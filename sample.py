@@ -27,10 +27,10 @@ from model import DeepSeekV3, DeepSeekV3Config
 
 
 def load(path, device, ema=False):
-    """A run's folder, its ckpt.pt, or a released checkpoint's folder or id on the Hugging Face Hub -> model in eval mode on the device (bfloat16 on a
-    GPU), tiktoken.Encoding, the token to put before prompts (or None), the set of tokens to stop at, and the number of
-    tokens that the model was trained to see at a time (None: what its config allows). ema: the average of the run's
-    weights."""
+    """A run's folder, its ckpt.pt, or a released checkpoint's folder or id on the Hugging Face Hub -> model in eval mode
+    on the device (bfloat16 on a GPU), tiktoken.Encoding, the token to put before prompts (or None), the set of tokens to
+    stop at, and the number of tokens that the model was trained to see at a time (None: what its config allows). ema: the
+    average of the run's weights."""
     path = released_folder(path)
     if (path / "config.json").is_file() and not (path / "ckpt.pt").is_file():
         if ema:

@@ -52,6 +52,15 @@ def fixed_seed():
 
 
 @pytest.fixture
+def one_thread():
+    """Two threads that share a busy core spend seconds waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def make_config():
     """A config in which every size differs from every other, so that a swapped pair shows."""
     def make(**changes):

@@ -24,19 +24,11 @@ from fp8 import quantize_reference, weight_dequant
 from model import MLA, DeepSeekV3
 
 st = pytest.importorskip("safetensors.torch", reason="released checkpoints are safetensors files")
+pytestmark = pytest.mark.usefixtures("one_thread")
 YARN = dict(type="yarn", factor=4, original_max_position_embeddings=32, beta_fast=32, beta_slow=1, mscale=0.7,
             mscale_all_dim=1.0)
 NASTY = ("Hi, it's 1234567\r\n\r\n\t   of      spaces 我们の・e\u0301 👩\u200d🚀 \u200b IT'S naïve Straße中文1a中 x=+=1;\n\n\n"
          "  def f(x):\n        return x**2  # ok\x00\ufeff 한국어 ١٢٣ ½²" + " " * 300 + "end \n \r\n")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads that share a busy core spend seconds waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def released(model, fp8=False):

@@ -23,15 +23,7 @@ from data.prepare import prepare
 from test_train import SHAPE, assert_equal_runs, command, data_dir, log, ok  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads that share a busy core spend seconds waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def refused(*argv, main=train.main):

@@ -23,18 +23,11 @@ from model import DeepSeekV3, DeepSeekV3Config
 from test_checkpoint import CL100K, config_json, released, toy_ranks, write
 from test_data import bpe_json, sequence, split_json
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ABSURD = [None, True, False, 0, 1, -1, 2, 3, 7, 2**15, 2**30, 2**31 - 1, 2**31, 2**62, 10**30, -2**31, 0.5, 1.5, -0.0, 1e-320, 1e308,
           float("nan"), float("inf"), "", "8", "yarn", "deepseek_v3", [], [8], {}, {"type": "yarn"}, {"a": {"b": [{}]}},
           {"type": "yarn", "factor": 1e308}, {"type": "yarn", "factor": "4"}, {"rope_type": "yarn", "factor": 4, "beta_fast": 0},
           {"rope_type": "yarn", "rope_theta": None}, "a\nb" * 400]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
