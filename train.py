@@ -26,6 +26,7 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,8 @@ class TrainConfig:
     compile: bool = option(None, "torch.compile the model; default: on a GPU")
     fsdp: bool = option(False, "torchrun: shard weights, gradients and optimizer over the ranks, for models that one card "
                                "can't hold")
+    recompute: bool = option(False, "save memory: compute norms, SwiGLU and MLA's up-projections anew in the backward pass, "
+                                    "as the report does")
     deterministic: bool = option(False, "the same bits from run to run, on a GPU too, for some speed")
     seed: int = option(1337, "of the initial weights and of the order of the data")
     max_iters: int = option(None, "optimizer steps")
@@ -82,7 +85,7 @@ class TrainConfig:
 # What the flags above default to, by preset. "tiny" was tuned by measurement on two CPU cores (README); the others
 # follow common practice for their size, 671b the report (§4.2), and have not been run.
 RECIPES = {
-    "tiny": dict(optimizer="muon", learning_rate=0.02, max_iters=600, batch_size=16, block_size=128, eval_interval=300),
+    "tiny": dict(optimizer="muon", learning_rate=0.015, max_iters=500, batch_size=24, block_size=128, eval_interval=250),
     "small": dict(learning_rate=6e-4, max_iters=20000, batch_size=32, block_size=1024, eval_interval=1000),
     "16b": dict(learning_rate=4.2e-4, max_iters=100000, batch_size=8, block_size=4096, eval_interval=1000),
     "671b": dict(learning_rate=2.2e-4, max_iters=235000, batch_size=8, block_size=4096, eval_interval=1000),
@@ -183,6 +186,8 @@ def configure(given):
         raise ValueError("--ema_decay can't be given with --fsdp: rank 0 averages whole weights, and has none")
     if cfg.optimizer not in ("adamw", "muon"):
         raise ValueError(f"--optimizer {cfg.optimizer!r} is unknown; choose adamw or muon")
+    if cfg.recompute and cfg.fp8:
+        raise ValueError("--recompute can't be given with --fp8, which has its own way: activations are kept in FP8")
     if cfg.fsdp and cfg.optimizer == "muon":
         raise ValueError("--fsdp needs --optimizer adamw: Muon orthogonalizes whole matrices, and no rank holds one")
     if cfg.fsdp and cfg.bf16_moments:
@@ -437,6 +442,26 @@ def sharded_model(config, device, dtype, init_from=None):
     return model
 
 
+def recompute(model):
+    """Activation checkpointing (§3.2.3): the backward pass computes norms, rotations, SwiGLU and MLA's up-projections anew
+    instead of finding them in memory. The other matrix products and attention, dear to compute, are kept."""
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts      # slow
+    aten, c = torch.ops.aten, model.config
+    kept = {aten.mm.default, aten._grouped_mm.default, aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_cudnn_attention.default,
+            aten._scaled_dot_product_efficient_attention.default}
+    up_projections = {(c.q_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)),
+                      (c.kv_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim))}    # q_b_proj, kv_b_proj
+
+    def policy(ctx, op, *args, **kwargs):
+        keep = op in kept and not (op is aten.mm.default and tuple(args[1].shape) in up_projections)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    for block in model.model.layers:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False,
+                                context_fn=partial(create_selective_checkpoint_contexts, policy))
+
+
 def make_optimizers(model, cfg, device):
     """AdamW as in §4.2, or Muon for the hidden matrices, its update scaled to AdamW's size so that they share a rate."""
     groups = model.param_groups(weight_decay=0.1)
@@ -534,6 +559,8 @@ def run(given, rank, world):
     if cfg.fp8:
         from fp8 import convert_to_fp8      # and with it Triton, if it is there
         convert_to_fp8(raw_model)
+    if cfg.recompute:
+        recompute(raw_model)
     optimizers = make_optimizers(raw_model, cfg, device)
     step, samples, skipped, log, best = 0, 0, 0, [], {"val_loss": math.inf, "iter": 0}
     if ckpt:
@@ -625,7 +652,7 @@ def run(given, rank, world):
             if isinstance(model, DistributedDataParallel):      # averages the gradients with the last micro-batch only
                 model.require_backward_grad_sync = micro_step == cfg.gradient_accumulation_steps - 1
             with autocast():
-                _, loss, aux = model(x, y, doc_ids=doc_ids(x), mtp_loss_weight=config.mtp_loss_weight * lam)
+                _, loss, aux = model(x, y, doc_ids=doc_ids(x), mtp_loss_weight=torch.tensor(config.mtp_loss_weight * lam))
             (loss / cfg.gradient_accumulation_steps).backward()
             losses[:4] += torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]])
             load = load + aux["load"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from checkpoint import crc32
 from data.prepare import prepare
@@ -127,7 +128,9 @@ class Validation:
         """-> val_loss in nats per token, val_bpb in bits per byte of the raw text."""
         model.eval()
         nats = 0.0
-        for x, y in zip(self.x.split(batch_size), self.y.split(batch_size)):
+        spare = -len(self.x) % batch_size       # equal batches: torch.compile would compile anew for a smaller last one
+        x_all, y_all = F.pad(self.x, (0, 0, 0, spare)), F.pad(self.y, (0, 0, 0, spare), value=-100)
+        for x, y in zip(x_all.split(batch_size), y_all.split(batch_size)):
             x, y = x.to(device), y.to(device)
             with autocast():
                 _, loss, _ = model(x, y, doc_ids=doc_ids(x))

@@ -1,10 +1,15 @@
 """DeepSeekV3Config, its presets, and what a model of that config counts."""
 
+import inspect
 import json
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+import model
 from model import PRESETS, DeepSeekV3, DeepSeekV3Config
 
 
@@ -147,3 +152,17 @@ def test_sizes_that_the_presets_promise():
         with torch.device("meta"):
             return DeepSeekV3(DeepSeekV3Config.preset(name)).num_params(active=True)
     assert 0.7e6 < active("tiny") < 1.3e6 and 117e6 < active("small") < 131e6
+
+
+@pytest.mark.parametrize("names, build", [
+    ("RMSNorm rotate yarn_mscale MLA", "MLA(config)(x, *angles)"),
+    ("MLP untraced_grouped_mm grouped_linear Experts Gate MoE", "MoE(config)(x)[0]"),
+    ("RMSNorm rotate yarn_mscale MLA MLP untraced_grouped_mm grouped_linear Experts Gate MoE Block MTP",
+     "MTP(config)(x, x, *angles)[0]")])
+def test_classes_can_be_copied_into_a_notebook(names, build, make_config):
+    """Nothing but torch, the config and the few definitions named, which stand above the class in the file."""
+    notebook = {"torch": torch, "nn": nn, "F": F, "math": math, "config": make_config(), "x": torch.randn(2, 5, 48),
+                "angles": model.rope_cos_sin(make_config(), 0, 5)}
+    for name in names.split():
+        exec(inspect.getsource(getattr(model, name)), notebook)
+    assert eval(build, notebook).shape == (2, 5, 48)
