@@ -1,7 +1,7 @@
 """
 Train a DeepSeek-V3 on one device, or by torchrun on many.
 
-    python train.py                                   # 1M active parameters on the Python standard library's source
+    python train.py                                   # 0.7M active parameters on the Python standard library's source
     python train.py --preset small --data_dir data/fineweb
     python train.py --init_from DIR --data_dir data/mine    # fine-tune a released checkpoint
     python train.py --resume                          # go on where out/ckpt.pt stopped
