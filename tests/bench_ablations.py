@@ -38,7 +38,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from data.loader import open_bin, read_meta  # noqa: E402
 from data.prepare import documents, prepare  # noqa: E402
-from runs import finished, read_log, train_all  # noqa: E402
+from runs import finished, pyplot, read_log, train_all  # noqa: E402
 
 SEEDS = (1, 2, 3)
 STEPS = 250                     # of 3,072 tokens
@@ -289,12 +289,7 @@ def report(kept, plot):
     fitted = scaling(kept)
     if not plot:
         return
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     if seeds_of(kept, "aux-free") and seeds_of(kept, "no-balance"):
         fig, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained", width_ratios=[1.3, 1, 1, 1])
         for axis, (name, label) in zip(axes[1:], (("no-balance", "neither"), ("aux-loss", "auxiliary loss"),

@@ -2,7 +2,7 @@
 What FP8 does to the loss: training runs in BF16 and FP8 from the same seed over the same data, on a CPU by emulation.
 
     python tests/bench_fp8_loss.py --out_dir out-fp8            # some two hours on two cores; goes on where it stopped
-    python tests/bench_fp8_loss.py --out_dir out-fp8 --plot fp8_loss.png        # needs: pip install matplotlib
+    python tests/bench_fp8_loss.py --log tests/results/fp8_loss.jsonl --plot fp8_loss.png       # of the results kept there
 
 Five arithmetics, three seeds each, 1000 steps of a model of 0.9M active parameters (the tiny preset with a layer and eight
 experts more) with the report's optimizer, AdamW:
@@ -16,6 +16,7 @@ Prints, and plots, the relative error of the training loss against the bf16 run 
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import fp8  # noqa: E402
-from runs import finished, read_log, train_all  # noqa: E402
+from runs import finished, pyplot, read_log, train_all  # noqa: E402
 
 SHAPE = dict(num_hidden_layers=4, moe_intermediate_size=64, n_routed_experts=16, num_experts_per_tok=4, n_group=4,
              topk_group=2)
@@ -75,11 +76,16 @@ def train_one(variant, flags):
     train.main(flags)
 
 
-def losses(run, max_iters):
-    """-> training losses (max_iters,) and the final validation loss; None if the run isn't over."""
-    if finished(run, max_iters):
-        log = read_log(run)
-        return np.array([entry["main_loss"] for entry in log]), log[-1]["val_loss"]
+def collect(out_dir, runs, max_iters):
+    """OUT_DIR/fp8_loss.jsonl: a line per finished run, small enough to keep."""
+    path = out_dir / "fp8_loss.jsonl"
+    with open(path, "w") as f:
+        for name in runs:
+            if finished(out_dir / name, max_iters):
+                log = read_log(out_dir / name)
+                f.write(json.dumps({"run": name, "val_loss": log[-1]["val_loss"],
+                                    "main_loss": [round(entry["main_loss"], 3) for entry in log]}) + "\n")
+    return path
 
 
 def smooth(x):
@@ -90,14 +96,16 @@ def smooth(x):
     return np.array(out)
 
 
-def report(args):
+def report(path):
     """The table, and {variant: relative errors (seeds, steps)}."""
-    logs = {v: [losses(args.out_dir / f"{v}-{seed}", args.max_iters) for seed in args.seeds] for v in VARIANTS}
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    logs = {v: {run["run"].removeprefix(f"{v}-"): (np.array(run["main_loss"]), run["val_loss"]) for run in kept
+                if run["run"].startswith(f"{v}-")} for v in VARIANTS}      # {variant: {seed: training losses, validation}}
     errors = {}
     print("| arithmetic | mean relative loss error | largest, after step 100 | validation loss | against bf16 |")
     print("|---|---|---|---|---|")
     for variant in VARIANTS:
-        pairs = [(log, base) for log, base in zip(logs[variant], logs["bf16"]) if log and base]
+        pairs = [(log, logs["bf16"][seed]) for seed, log in logs[variant].items() if seed in logs["bf16"]]
         if not pairs:
             continue
         errors[variant] = np.array([smooth(log[0]) / smooth(base[0]) - 1 for log, base in pairs])
@@ -106,19 +114,14 @@ def report(args):
         late = np.abs(errors[variant][:, 100:])
         print(f"| {variant} ({len(pairs)} seeds) | {late.mean():.3%} | {late.max():.3%} | {val.mean():.4f} | "
               + ", ".join(f"{g:+.2%}" for g in gap) + " |")
-    if len(base := [log for log in logs["bf16"] if log]) > 1:
+    if len(base := list(logs["bf16"].values())) > 1:
         a, b = smooth(base[0][0])[100:], smooth(base[1][0])[100:]
         print(f"For scale: the bf16 runs of two seeds differ by {np.abs(a / b - 1).mean():.3%} on average")
     return errors
 
 
 def plot(errors, path):
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     fig, axes = plt.subplots(1, len(errors) - 1, figsize=(12, 3.2), sharey=True)
     for ax, variant in zip(np.atleast_1d(axes), [v for v in errors if v != "bf16"]):
         ax.axhspan(-0.25, 0.25, color="0.9")
@@ -135,14 +138,15 @@ def main():
     if sys.argv[1:2] == ["--one"]:      # a process of ours
         return train_one(sys.argv[2], sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", type=Path, required=True)
+    parser.add_argument("--out_dir", type=Path, default=Path("out-fp8"))
     parser.add_argument("--data_dir", default="data/stdlib")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--max_iters", type=int, default=1000)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--plot", type=Path, help="draw the finished runs into this file instead of training")
+    parser.add_argument("--log", type=Path, help="print and plot these results instead of training")
+    parser.add_argument("--plot", type=Path, help="write the picture to this file")
     args = parser.parse_args()
-    if not args.plot:
+    if not (path := args.log):
         flags = SHAPE | dict(data_dir=args.data_dir, device="cpu", optimizer="adamw", learning_rate=3e-3, batch_size=8,
                      max_iters=args.max_iters, eval_interval=250, log_interval=1)
         runs = {f"{variant}-{seed}": ([__file__, "--one", variant], flags | dict(seed=seed) | (
@@ -150,7 +154,8 @@ def main():
                     else dict(dtype="bfloat16")))
                 for variants in (VARIANTS[:3], VARIANTS[3:]) for seed in args.seeds for variant in variants}
         train_all(runs, args.out_dir, args.jobs)
-    errors = report(args)
+        path = collect(args.out_dir, runs, args.max_iters)
+    errors = report(path)
     if args.plot:
         plot(errors, args.plot)
 

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402
+from runs import pyplot  # noqa: E402
 from data.prepare import folder, prepare, STDLIB_SKIP  # noqa: E402
 from model import DeepSeekV3  # noqa: E402
 
@@ -120,9 +121,7 @@ def evaluate(path, separator, source, lengths, **changes):
 
 
 def plot(results, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     fig, axes = plt.subplots(1, 1 + len(results), figsize=(4.2 + 2.6 * len(results), 3.6), layout="constrained",
                              width_ratios=[1.7] + [1] * len(results))
     for name, result in results.items():

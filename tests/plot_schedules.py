@@ -8,20 +8,17 @@ lambda.
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
+from runs import pyplot  # noqa: E402
 
 sizes = train.batch_sizes(train.TrainConfig(batch_ramp=True, max_iters=10_000, batch_size=15360))
 progress = sizes.cumsum() / sizes.sum()
 lr, gamma, lam = np.array([train.schedule(p) for p in progress]).T
-fig, axes = plt.subplots(2, 2, figsize=(8, 4.4), layout="constrained", sharex=True)
+fig, axes = pyplot().subplots(2, 2, figsize=(8, 4.4), layout="constrained", sharex=True)
 for axis, y, title in zip(axes.flat, (2.2e-4 * lr, sizes, 0.001 * gamma, 0.3 * lam), (
         "learning rate (peak 2.2e-4)", "batch size, sequences", "γ, speed of the router's bias", "λ, weight of MTP's loss")):
     axis.plot(progress * 14.8, y)

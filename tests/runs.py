@@ -1,5 +1,5 @@
 """
-Several runs of train.py at a time, each a process with one thread; for the experiments beside this file.
+Several runs of train.py at a time, each a process with one thread, and what they logged; for the scripts beside this file.
 """
 
 import json
@@ -36,3 +36,14 @@ def train_all(runs, out_dir, jobs):
     out_dir.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda run: train(run[0], *run[1]), runs.items()))
+
+
+def pyplot():
+    """matplotlib.pyplot, drawing into files."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("pictures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
