@@ -462,6 +462,23 @@ def recompute(model):
                                 context_fn=partial(create_selective_checkpoint_contexts, policy))
 
 
+def build_model(cfg, config, device, dtype, init_from):
+    """The model to train, with the weights of the released checkpoint init_from or new ones; its layers as cfg asks."""
+    if cfg.fsdp:
+        model = sharded_model(config, device, dtype, init_from)
+    elif init_from:
+        model = load_released(init_from, config, device)
+    else:
+        with torch.device(device):
+            model = DeepSeekV3(config)
+    if cfg.fp8:
+        from fp8 import convert_to_fp8      # and with it Triton, if it is there
+        convert_to_fp8(model)
+    if cfg.recompute:
+        recompute(model)
+    return model
+
+
 def make_optimizers(model, cfg, device):
     """AdamW as in §4.2, or Muon for the hidden matrices, its update scaled to AdamW's size so that they share a rate."""
     groups = model.param_groups(weight_decay=0.1)
@@ -498,6 +515,15 @@ def short_sample(model, separator, encoding, cfg):
     enc = encoding_from_json(encoding)
     text = [enc.decode_single_token_bytes(t) for t in tokens[0, 1:].tolist() if t < enc.n_vocab and t != separator]
     return b"".join(text).decode("utf-8", "replace")
+
+
+def progress(entry):
+    """What a terminal shows of an entry of log.jsonl."""
+    mfu = f"{entry['mfu']:.1%}" if entry["mfu"] is not None else "n/a"
+    dead = f" dead {entry['dead_experts']}" if entry["dead_experts"] else ""    # no token of this step went to them
+    return (f"loss {entry['loss']:.3f} main {entry['main_loss']:.3f} mtp {entry['mtp_loss']:.3f} | "
+            f"norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | maxvio {entry['max_vio']:.2f}{dead} | "
+            f"{entry['tokens_per_s']:,.0f} tok/s | mfu {mfu}")
 
 
 def main(argv=None):
@@ -548,19 +574,8 @@ def run(given, rank, world):
     if cfg.deterministic:       # without it cuBLAS may differ from run to run
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(cfg.deterministic)
-    if cfg.fsdp:
-        raw_model = sharded_model(config, device, dtype, None if ckpt else cfg.init_from)
-    elif cfg.init_from and not ckpt:
-        raw_model = load_released(cfg.init_from, config, device)
-    else:
-        with torch.device(device):
-            raw_model = DeepSeekV3(config)
+    raw_model = build_model(cfg, config, device, dtype, None if ckpt else cfg.init_from)
     config = raw_model.config       # a released model may come without its MTP modules
-    if cfg.fp8:
-        from fp8 import convert_to_fp8      # and with it Triton, if it is there
-        convert_to_fp8(raw_model)
-    if cfg.recompute:
-        recompute(raw_model)
     optimizers = make_optimizers(raw_model, cfg, device)
     step, samples, skipped, log, best = 0, 0, 0, [], {"val_loss": math.inf, "iter": 0}
     if ckpt:
@@ -590,6 +605,16 @@ def run(given, rank, world):
 
     def doc_ids(x):
         return (x == meta["separator"]).cumsum(1) if cfg.mask_documents else None
+
+    def micro_batches(start):
+        """This rank's share, on the device, of every micro-batch from here to the end of the run."""
+        for size in sizes[step:].tolist():
+            for _ in range(cfg.gradient_accumulation_steps):
+                x, y = data.batch(start + rank * size, size)
+                if device.type == "cuda":       # the copy runs beside the kernels
+                    x, y = x.pin_memory(), y.pin_memory()
+                yield tuple(t.to(device, non_blocking=device.type == "cuda") for t in (x, y))
+                start += world * size
 
     def save_checkpoint():
         state = {"config": dataclasses.asdict(config), "train_config": {**dataclasses.asdict(cfg), "resume": False},
@@ -635,6 +660,8 @@ def run(given, rank, world):
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     # The training loop
+    batches = micro_batches(samples)
+    upcoming = next(batches, None)
     timer, timed_from, skipped_in_a_row = time.monotonic(), samples, 0
     while step < cfg.max_iters and not stop:
         batch_size, (lr, gamma, lam) = int(sizes[step]), schedule(float(sequences[step] / sequences[-1]))
@@ -644,16 +671,13 @@ def run(given, rank, world):
         load = 0
         losses = torch.zeros(5, device=device)      # loss, main, mtp, balance: sums over micro-batches; interrupted
         for micro_step in range(cfg.gradient_accumulation_steps):
-            x, y = data.batch(samples + rank * batch_size, batch_size)
-            if device.type == "cuda":
-                x, y = x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
-            else:
-                x, y = x.to(device), y.to(device)
+            x, y = upcoming
             if isinstance(model, DistributedDataParallel):      # averages the gradients with the last micro-batch only
                 model.require_backward_grad_sync = micro_step == cfg.gradient_accumulation_steps - 1
             with autocast():
                 _, loss, aux = model(x, y, doc_ids=doc_ids(x), mtp_loss_weight=torch.tensor(config.mtp_loss_weight * lam))
             (loss / cfg.gradient_accumulation_steps).backward()
+            upcoming = next(batches, None)      # read while a GPU still computes
             losses[:4] += torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]])
             load = load + aux["load"]
             samples += world * batch_size
@@ -700,12 +724,7 @@ def run(given, rank, world):
                      "max_vio": vio.mean().item() if len(vio) else 0.0, "dead_experts": int((load == 0).sum()),
                      "skipped": skipped}
             left = int((sequences[-1] - sequences[step - 1]) * cfg.block_size / tokens_per_s)
-            mfu = f"{entry['mfu']:.1%}" if peak else "n/a"
-            dead = f" dead {entry['dead_experts']}" if entry["dead_experts"] else ""    # no token of this step
-            print(f"step {step}/{cfg.max_iters} | loss {loss:.3f} main {main_loss:.3f} mtp {mtp_loss:.3f} | "
-                  f"norm {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | maxvio {entry['max_vio']:.2f}{dead} | "
-                  f"{entry['tokens_per_s']:,.0f} tok/s | mfu {mfu} | "
-                  f"{left // 60}:{left % 60:02d} left", flush=True)
+            print(f"step {step}/{cfg.max_iters} | {progress(entry)} | {left // 60}:{left % 60:02d} left", flush=True)
             if evaluate:
                 val = validation.evaluate(model, cfg.batch_size, device, autocast, doc_ids)
                 if ema:
