@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import struct
 import subprocess
 import sys
 import types
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -179,7 +181,7 @@ def test_a_hub_id_is_fetched_by_huggingface_hub_and_nothing_else_is(tmp_path, ma
 
     def snapshot_download(name, allow_patterns):
         asked.append(name)
-        assert not any("bin" in p or "pt" in p for p in allow_patterns)
+        assert not any(fnmatch(file, p) for file in ("pytorch_model.bin", "model.pt", "modeling.py") for p in allow_patterns)
         if name == "some/typo":
             raise OSError("404 Client Error.\nRepository Not Found")
         return str(tmp_path / "cache")
@@ -277,6 +279,8 @@ def test_round_trip_is_bit_equal(tmp_path, make_model, changes):
     model = make_model(**changes)
     model.save_pretrained(tmp_path, shard_bytes=20_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 3 and not list(tmp_path.glob("*.tmp"))
+    size = sum(t.numel() * t.element_size() for t in released(model).values())
+    assert json.loads((tmp_path / "model.safetensors.index.json").read_text())["metadata"] == {"total_size": size}
     loaded = DeepSeekV3.from_pretrained(tmp_path)
     equal(loaded, model)
     assert loaded.config == model.config
@@ -285,6 +289,8 @@ def test_round_trip_is_bit_equal(tmp_path, make_model, changes):
     equal(DeepSeekV3.from_pretrained(tmp_path), model)
     with st.safe_open(tmp_path / "model.safetensors", "pt") as f:
         assert set(f.keys()) == released(model).keys() and f.metadata() == {"format": "pt"}
+        for name, tensor in released(model).items():        # embedding and head of the MTP modules too, which loading skips
+            assert torch.equal(f.get_tensor(name), tensor), name
 
 
 def test_fp8_export_has_the_releases_tensors(tmp_path, make_model):
@@ -317,6 +323,23 @@ def test_interrupted_save_keeps_the_old_checkpoint(tmp_path, make_model, monkeyp
         make_model(hidden_size=32).save_pretrained(tmp_path, shard_bytes=20_000)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     equal(DeepSeekV3.from_pretrained(tmp_path), model)
+
+
+def test_save_cut_between_two_renames_leaves_no_mixed_checkpoint(tmp_path, make_model, monkeypatch):
+    make_model().save_pretrained(tmp_path, shard_bytes=20_000)
+    replace, calls = os.replace, []
+
+    def cut(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError("cut")
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", cut)
+    with pytest.raises(OSError, match="cut"):
+        make_model().save_pretrained(tmp_path, shard_bytes=20_000)
+    with pytest.raises(ValueError, match="no folder with a config.json"):
+        DeepSeekV3.from_pretrained(tmp_path)
 
 
 # ------------------------------------------------------------------------------------- parity with Hugging Face
@@ -603,6 +626,8 @@ def test_sample_from_a_released_checkpoint(exported, capsys):
     want = model.generate(torch.tensor([list(b"ab")]), 12, temperature=0, stop=[256])[0, 2:].tolist()
     loaded, enc, bos, stop, window = sample.load(dir, "cpu")
     equal(loaded, model)
+    config = json.loads((dir / "config.json").read_text())      # what vLLM and others stop at
+    assert config["bos_token_id"] == config["eos_token_id"] == 256 and stop == {256}
     assert (bos, stop) == (None, {256}) and encode(enc, "ab") == [97, 98]
     sample.main(["--ckpt", str(dir), "--prompt", "ab", "--max_new_tokens", "12", "--temperature", "0"])
     text = capsys.readouterr().out.split("\n", 1)[1]
