@@ -112,12 +112,12 @@ def table():
         return seconds[""], gflop
 
     axes = {"experts (4 active)": ("n_routed_experts", (8, 16, 32, 64, 128, 256)),
-            "sequence (2048 tokens)": ("length", (256, 512, 1024, 2048, 4096)),
+            "sequence (4096 tokens)": ("length", (256, 512, 1024, 2048, 4096)),
             "layers": ("num_hidden_layers", (3, 6, 12, 24)), "batch": ("batch", (2, 4, 8, 16, 32))}
     print("| axis | value | ms per step | GFLOP per step | GFLOP/s |\n|---|---|---|---|---|")
     for name, (axis, values) in axes.items():
         for value in values:
-            changes = {axis: value} | ({"batch": max(BATCH * T // value, 1)} if axis == "length" else {})
+            changes = {axis: value} | ({"batch": 4096 // value} if axis == "length" else {})
             s, gflop = measure(**changes)
             print(f"| {name} | {value} | {1e3 * s:.0f} | {gflop:.0f} | {gflop / s:.0f} |", flush=True)
 

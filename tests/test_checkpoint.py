@@ -124,6 +124,13 @@ def test_bias_stays_fp32_even_if_stored_in_bf16(tmp_path, make_model):
     assert DeepSeekV3.from_pretrained(tmp_path, torch.float32).lm_head.weight.dtype == torch.float32
 
 
+def test_weights_cast_to_bf16_under_a_config_that_still_says_fp8(tmp_path, make_model):
+    """What DeepSeek's fp8_cast_bf16.py leaves: no scales, and the config as it was."""
+    model = make_model().bfloat16()
+    raw = config_json(model.config, quantization_config=checkpoint.FP8_FORMAT)
+    equal(DeepSeekV3.from_pretrained(write(tmp_path, released(model), raw, shards=3)), model)
+
+
 def test_mtp_dropped_by_hugging_face_loads_without(tmp_path, make_model):
     model = make_model(num_nextn_predict_layers=2)
     tensors = {k: v for k, v in released(model).items() if not k.startswith(("model.layers.3.", "model.layers.4."))}
