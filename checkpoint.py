@@ -60,8 +60,12 @@ def writing(path):
     try:
         yield
     except OSError as e:
-        raise OSError(f"{path} can't be written ({e.strerror or e}); what was there before is intact: make room, then "
-                      "go on with --resume") from None
+        raise OSError(cannot_write(path, e.strerror or e)) from None
+
+
+def cannot_write(path, reason):
+    return (f"{path} can't be written ({reason}); what was there before is intact: make room, then go on with --resume, or "
+            "start again if there is no checkpoint yet")
 
 
 def write_atomically(path, write, check=lambda path: None, keep_as=None):
@@ -132,8 +136,7 @@ def save_shards(out_dir, state, model, optimizer):
                 os.replace(temporary, path)     # killed just before: path is missing, previous is there
     except dcp.CheckpointException as e:        # on all ranks, whichever it was that failed
         reason = " ".join(str(next(iter(e.failures.values()))[0]).split())[:200]
-        raise OSError(f"{path} can't be written ({reason}); what was there before is intact: make room, then go on with "
-                      "--resume") from None
+        raise OSError(cannot_write(path, reason)) from None
     finally:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
