@@ -114,11 +114,24 @@ def test_mtp_caches_are_right_after_rejections(trained, monkeypatch):
     assert rejected > 3 and len(calls) - rejected > 3
 
 
+def test_a_verified_draft_is_distributed_as_the_main_model_says(trained):
+    """One draft, many rows, two distributions that have little to do with each other."""
+    N = 200_000
+    q, p, after = torch.randn(3, 11).softmax(-1)
+    drafts = torch.multinomial(q, N, replacement=True)[:, None]
+    tokens = trained._verify(drafts, [q.expand(N, 1, 11)], torch.stack([p, after]).expand(N, 2, 11),
+                             torch.zeros(N, 1, dtype=torch.bool), torch.Generator().manual_seed(0))
+    kept = (tokens == drafts).float().mean()
+    assert tokens.shape == (N, 1) and 0.2 < kept < 0.95
+    chi2 = ((tokens[:, 0].bincount(minlength=11) - N * p) ** 2 / (N * p)).sum()
+    assert chi2 < 10 + 4 * math.sqrt(20), chi2
+
+
 @pytest.mark.parametrize("settings", [dict(temperature=1.0), dict(temperature=1.7, top_k=4),
                                       dict(temperature=1.5, top_p=0.8)])
 def test_speculation_keeps_the_distribution_exactly(trained, settings):
     """Joint frequencies of 3 sampled tokens against the model's own probabilities, by a chi-square test."""
-    N, prompt = 4000, torch.tensor([[1, 2, 3]])
+    N, prompt = 3000, torch.tensor([[1, 2, 3]])
     generator = torch.Generator().manual_seed(0)
     idx = prompt.expand(2, -1)          # rows of a batch share the number of accepted drafts: they must not disturb
     counts = torch.zeros(11, 11, 11)
