@@ -517,6 +517,19 @@ def short_sample(model, separator, encoding, cfg):
     return b"".join(text).decode("utf-8", "replace")
 
 
+def logged(path, step):
+    """The lines of log.jsonl up to a step: what came after the checkpoint happens anew. A line that was cut off or damaged
+    is left out, for it should not keep a run from going on."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            if json.loads(line)["iter"] <= step:
+                lines.append(line)
+        except (ValueError, LookupError, TypeError):
+            continue
+    return lines
+
+
 def progress(entry):
     """What a terminal shows of an entry of log.jsonl."""
     mfu = f"{entry['mfu']:.1%}" if entry["mfu"] is not None else "n/a"
@@ -589,9 +602,7 @@ def run(given, rank, world):
         if best["iter"] == step and rank == 0 and not cfg.fsdp:     # a kill may have come between the two files
             keep_best(out_dir)
         torch.set_rng_state(ckpt["rng_state"])
-        if (out_dir / "log.jsonl").is_file():       # what came after the checkpoint happens anew
-            lines = (out_dir / "log.jsonl").read_text().splitlines()
-            log = [line for line in lines if line.endswith("}") and json.loads(line)["iter"] <= step]
+        log = logged(out_dir / "log.jsonl", step)
     if rank == 0:
         write_atomically(out_dir / "log.jsonl", lambda f: f.write("".join(line + "\n" for line in log).encode()))
     ema = EMA(raw_model, cfg.ema_decay, ckpt and ckpt.get("ema")) if cfg.ema_decay and rank == 0 else None

@@ -132,9 +132,9 @@ def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(data_dir, tm
     assert process.wait() == 130 and "--resume" in said and "Traceback" not in said, said
     stopped = checkpoint(tmp_path / "cut")["step"]
     assert 7 <= stopped < 30
-    # as after a kill -9: log.jsonl is ahead of the checkpoint, its last line torn
-    with open(tmp_path / "cut" / "log.jsonl", "a") as f:
-        f.write('{"iter": 29, "loss": 1.0}\n{"iter": 30, "lo')
+    # as after a kill -9, log.jsonl is ahead of the checkpoint and its last line torn; others are damaged
+    with open(tmp_path / "cut" / "log.jsonl", "ab") as f:
+        f.write(b'{"iter": 29, "loss": 1.0}\n[1]\n{"loss": 2}\n\xff\xfe}\n{"iter": 30, "lo')
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--resume", "--out_dir", str(tmp_path / "cut")],
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
