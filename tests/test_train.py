@@ -117,9 +117,9 @@ def test_trains_logs_and_samples(data_dir, tmp_path):
     assert greedy[0] == greedy[1]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(data_dir, tmp_path, optimizer):
-    flags = ["--max_iters", 30, "--eval_interval", 15, "--log_interval", 1, "--optimizer", optimizer,
+def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(data_dir, tmp_path):
+    """AdamW; test_faults.py kills runs of Muon."""
+    flags = ["--max_iters", 30, "--eval_interval", 15, "--log_interval", 1, "--optimizer", "adamw",
              "--gradient_accumulation_steps", 2, "--bias_update_speed", 0.01]
     ok(data_dir, tmp_path / "whole", *flags)
     process = subprocess.Popen(command(data_dir, tmp_path / "cut", *flags), stdout=subprocess.PIPE,
