@@ -114,16 +114,19 @@ def test_mtp_caches_are_right_after_rejections(trained, monkeypatch):
     assert rejected > 3 and len(calls) - rejected > 3
 
 
-def test_a_verified_draft_is_distributed_as_the_main_model_says(trained):
-    """One draft, many rows, two distributions that have little to do with each other."""
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_verified_draft_is_distributed_as_the_main_model_says(trained, place):
+    """Many rows, the last draft from a distribution that has little to do with the main model's, one before it from the
+    main model's own, so that it is accepted."""
     N = 200_000
-    q, p, after = torch.randn(3, 11).softmax(-1)
-    drafts = torch.multinomial(q, N, replacement=True)[:, None]
-    tokens = trained._verify(drafts, [q.expand(N, 1, 11)], torch.stack([p, after]).expand(N, 2, 11),
+    p, q = torch.randn(place + 2, 11).softmax(-1), torch.randn(place + 1, 11).softmax(-1)
+    q[:place] = p[:place]
+    drafts = torch.stack([torch.multinomial(q_k, N, replacement=True) for q_k in q], 1)         # (N, place + 1)
+    tokens = trained._verify(drafts, [q_k.expand(N, 1, 11) for q_k in q], p.expand(N, place + 2, 11),
                              torch.zeros(N, 1, dtype=torch.bool), torch.Generator().manual_seed(0))
-    kept = (tokens == drafts).float().mean()
-    assert tokens.shape == (N, 1) and 0.2 < kept < 0.95
-    chi2 = ((tokens[:, 0].bincount(minlength=11) - N * p) ** 2 / (N * p)).sum()
+    kept = (tokens[:, place] == drafts[:, place]).float().mean()
+    assert tokens.shape == drafts.shape and 0.2 < kept < 0.95 and torch.equal(tokens[:, :place], drafts[:, :place])
+    chi2 = ((tokens[:, place].bincount(minlength=11) - N * p[place]) ** 2 / (N * p[place])).sum()
     assert chi2 < 10 + 4 * math.sqrt(20), chi2
 
 
