@@ -8,6 +8,8 @@ How runs of train.py went, drawn from their log.jsonl: loss and validation, norm
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 from runs import pyplot, read_log
 
 PANELS = (("loss of the main model, nats per token", "main_loss", "val_loss"), ("norm of the gradients", "grad_norm", None),
@@ -22,8 +24,8 @@ def plot(runs, path):
         if not log:
             raise SystemExit(f"{run} has no log.jsonl with an entry in it; name the --out_dir of a run of train.py")
         for axis, (title, key, val_key) in zip(axes, PANELS):
-            steps, values = zip(*[(entry["iter"], entry[key]) for entry in log if entry[key] is not None])
-            axis.plot(steps, values, color=f"C{i}", linewidth=1, label=f"{run.name}, training")
+            values = np.array([entry[key] for entry in log], float)        # None, which was not finite, becomes NaN: a gap
+            axis.plot([entry["iter"] for entry in log], values, color=f"C{i}", linewidth=1, label=f"{run.name}, training")
             val = [entry for entry in log if val_key and entry.get(val_key) is not None]
             if val:
                 axis.plot([entry["iter"] for entry in val], [entry[val_key] for entry in val], "o--", color=f"C{i}",
