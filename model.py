@@ -269,7 +269,7 @@ class MLA(nn.Module):
     Only that latent c_kv (normalised) and one rotated key k_r, shared by the heads, need caching: kv_lora_rank +
     qk_rope_head_dim numbers per token. Two ways to attend, equal in result: `attend_naive` expands the latents into
     per-head keys and values (few operations per query-key pair: training, prefill), `attend_absorbed` folds the
-    expansion into query and output and works on the cache as it is (no expansion: decoding).
+    expansion into query and output and works on the cache as it is (no expansion: decoding, where queries are few).
     """
 
     def __init__(self, config):
@@ -310,22 +310,26 @@ class MLA(nn.Module):
         q_r, k_r = rotate(torch.cat([q_r, k_r[:, :, None]], 2), cos, sin).split([self.H, 1], 2)     # Eq. 8, 3
         if cache is not None:
             cache[:, pos:pos + T] = torch.cat([c_kv, k_r[:, :, 0]], -1)
-        if pos == 0:
-            o = self.attend_naive(q_c, q_r, c_kv, k_r, mask)
-        else:
+        if pos > 0 and T < 128:
             o = self.attend_absorbed(q_c, q_r, cache[:, :pos + T])
+        else:
+            if pos > 0:     # a later chunk of a long prompt
+                c_kv, k_r = cache[:, :pos + T, None].split([self.d_c, self.d_rope], -1)
+            o = self.attend_naive(q_c, q_r, c_kv, k_r, mask)
         return self.o_proj(o.flatten(2))                                                    # Eq. 11
 
     def attend_naive(self, q_c, q_r, c_kv, k_r, mask=None):
-        """Eq. 2-5, 9, 10 as they stand. q_c, q_r: (B, T, H, ·); c_kv: (B, T, d_c); k_r: (B, T, 1, d_rope).
-        Returns (B, T, H, d_v)."""
-        B, T, H, _ = q_c.shape
-        kv = self.kv_b_proj(c_kv).view(B, T, H, self.d_nope + self.d_v)
+        """Eq. 2-5, 9, 10 as they stand; the T queries are the last of S positions. q_c, q_r: (B, T, H, ·); c_kv:
+        (B, S, d_c); k_r: (B, S, 1, d_rope). Returns (B, T, H, d_v)."""
+        (B, T, H, _), S = q_c.shape, c_kv.size(1)
+        kv = self.kv_b_proj(c_kv).view(B, S, H, self.d_nope + self.d_v)
         k_c, v = kv.split([self.d_nope, self.d_v], -1)                                      # Eq. 2, 5
         q = torch.cat([q_c, q_r], -1).transpose(1, 2)                                       # Eq. 9; (B, H, T, d_qk)
-        k = torch.cat([k_c, k_r.expand(-1, -1, H, -1)], -1).transpose(1, 2)                 # Eq. 4; (B, H, T, d_qk)
+        k = torch.cat([k_c, k_r.expand(-1, -1, H, -1)], -1).transpose(1, 2)                 # Eq. 4; (B, H, S, d_qk)
         # SDPA's fast kernels want one head size: zeros appended to v come out as zeros and are cut off
-        v = F.pad(v, (0, max(self.d_qk - self.d_v, 0))).transpose(1, 2)                     # (B, H, T, d_qk)
+        v = F.pad(v, (0, max(self.d_qk - self.d_v, 0))).transpose(1, 2)                     # (B, H, S, d_qk)
+        if mask is None and T < S:
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)
         return o[..., :self.d_v].transpose(1, 2)                                            # Eq. 10; (B, T, H, d_v)
 
@@ -339,13 +343,15 @@ class MLA(nn.Module):
         w = self.kv_b_proj.weight.view(H, self.d_nope + self.d_v, self.d_c).type_as(q_c)
         w_uk, w_uv = w.split([self.d_nope, self.d_v], 1)                                    # (H, ·, d_c)
         q_c = torch.bmm(q_c.flatten(0, 1).transpose(0, 1), w_uk).transpose(0, 1)           # (B*T, H, d_c)
-        q = torch.cat([q_c.view(B, T, H, -1), q_r], -1)                                     # (B, T, H, d_c + d_rope)
+        # all heads of all tokens are queries to the one latent "head"
+        q = torch.cat([q_c.view(B, T, H, -1), q_r], -1).view(B, 1, T * H, -1)               # (B, 1, T*H, d_c + d_rope)
         kv = cache[:, None].type_as(q)                                                      # (B, 1, S, d_c + d_rope)
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T > 1 else None
+        mask = None
+        if T > 1:
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).repeat_interleave(H, 0)  # (T*H, S)
         # k_r rides along as part of the "value", so that key and value are one tensor, and is cut off
-        o = F.scaled_dot_product_attention(q.transpose(1, 2), kv, kv, attn_mask=mask, scale=self.softmax_scale,
-                                           enable_gqa=True)[..., :self.d_c]                 # (B, H, T, d_c)
-        o = torch.bmm(o.transpose(0, 1).flatten(1, 2), w_uv.mT)                           # (H, B*T, d_v)
+        o = F.scaled_dot_product_attention(q, kv, kv, attn_mask=mask, scale=self.softmax_scale)[..., :self.d_c]
+        o = torch.bmm(o.reshape(B * T, H, -1).transpose(0, 1), w_uv.mT)                     # (H, B*T, d_v)
         return o.transpose(0, 1).view(B, T, H, -1)                                          # (B, T, H, d_v)
 
 

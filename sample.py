@@ -92,8 +92,10 @@ def compile_steps(model):
     def forward(eager, compiled, x, *args, pos=0, **kwargs):
         return (compiled if pos > 0 and x.size(1) <= 8 else eager)(x, *args, pos=pos, **kwargs)
 
+    # On a CPU, one row times a matrix takes PyTorch's BLAS far longer than reading the matrix: write the loop ourselves
+    options = {"post_grad_fusion_options": {"decompose_mm_pass": {}}}
     for layer in model.model.layers:
-        layer.forward = partial(forward, layer.forward, torch.compile(layer.forward, dynamic=True))
+        layer.forward = partial(forward, layer.forward, torch.compile(layer.forward, dynamic=True, options=options))
 
 
 def read_text(prompt, flag="--prompt"):

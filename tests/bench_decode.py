@@ -126,9 +126,11 @@ def compare(compile):
                   f"{prefill / found['ours'][0]:>11.2f}{step / found['ours'][1]:>10.2f}", flush=True)
 
 
-def speculation(ckpt):
+def speculation(ckpt, compile):
     """Tokens per second of greedy and sampled text, plain and speculative in turns, on a trained model."""
     model, enc, _, _, window = load(ckpt, "cpu")
+    if compile:
+        compile_steps(model)
     print(f"{'temperature':>11}{'plain tok/s':>13}{'speculative':>13}{'ratio':>7}{'accepted':>10}{'tokens/forward':>16}"
           f"{'ms/forward plain':>18}{'speculative':>13}")
     for temperature in (0.0, 0.8):
@@ -155,4 +157,4 @@ if __name__ == "__main__":
     parser.add_argument("--ckpt", help="a run of train.py: measure speculation on it instead")
     parser.add_argument("--compile", action="store_true", help="compile our decoding steps too")
     args = parser.parse_args()
-    speculation(args.ckpt) if args.ckpt else compare(args.compile)
+    speculation(args.ckpt, args.compile) if args.ckpt else compare(args.compile)

@@ -121,6 +121,19 @@ def test_any_split_into_prefill_and_decode_gives_the_same_logits(make_model, cha
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
 
 
+def test_later_chunks_of_a_long_prompt_see_the_earlier_ones(make_model, monkeypatch):
+    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 140)     # long enough for a chunk to expand the whole cache
+    model = make_model(max_position_embeddings=512, initializer_range=0.1)
+    idx = torch.randint(0, 61, (2, 300))
+    monkeypatch.setattr(MLA, "attend_absorbed", lambda *_: pytest.fail("absorbed attention is for few queries"))
+    cache = model.new_cache(2, 300)
+    parts = [model.decode(idx[:, :280], cache, 0)]
+    monkeypatch.undo()
+    parts += [model.decode(idx[:, a:b], cache, a) for a, b in ((280, 299), (299, 300))]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(parts, 1), model(idx)[0], rtol=0, atol=1e-5)
+
+
 def test_decoding_never_expands_the_cache(make_model, monkeypatch):
     model = make_model()
     cache = model.new_cache(1, 20)
