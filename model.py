@@ -484,15 +484,11 @@ class Experts(nn.Module):
         return torch.empty_like(y).index_copy_(0, order, y)
 
     def gathered(self, x, slots, K):
-        """Copy out each slot's expert and multiply them as one batch. Returns (N*K, D), by slot."""
-        _, I, D = self.gate_proj.shape
-        # an expert's matrix as I pieces of D numbers: PyTorch shares out the copying of many pieces to the cores
-        pieces = (slots[:, None] * I + torch.arange(I, device=x.device)).flatten()          # (N*K*I,)
-
-        def linear(x, weight):              # x: (N*K, 1, in), weight: (E, out, in)
-            return torch.bmm(x, weight.view(-1, D).index_select(0, pieces).view(-1, *weight.shape[1:]).mT)
-        x = x[:, None].expand(-1, K, -1).reshape(-1, 1, D)                                  # (N*K, 1, D)
-        return linear(F.silu(linear(x, self.gate_proj)) * linear(x, self.up_proj), self.down_proj)[:, 0]
+        """Each slot on its own, with its expert's matrices copied out. Returns (N*K, D), by slot."""
+        def linear(x, weight):              # (N*K, in) -> (N*K, out); torch.compile reads the weights in place instead
+            return (weight[slots] * x[:, None]).sum(-1)
+        x = x.repeat_interleave(K, 0)                                                       # (N*K, D)
+        return linear(F.silu(linear(x, self.gate_proj)) * linear(x, self.up_proj), self.down_proj)
 
 
 class MoE(nn.Module):

@@ -78,25 +78,26 @@ class Theirs:
         return out.logits[:, -1:].argmax(-1)
 
 
-def measure(contestants, length):
-    """-> {name: (median prefill seconds, median seconds per decoded token)}; the greedy tokens have to agree."""
-    idx = torch.randint(0, BENCH["vocab_size"], (1, length), generator=torch.Generator().manual_seed(1))
-    times = {name: ([], []) for name in contestants}
+def measure(contestants, lengths):
+    """-> {(length, name): (median prefill seconds, median seconds per decoded token)}; the greedy tokens must agree."""
+    times = {(length, name): ([], []) for length in lengths for name in contestants}
     for repeat in range(REPEATS + 1):
-        texts = {}
-        for name, contestant in contestants.items():
-            start = time.perf_counter()
-            token, text = contestant.prefill(idx), []
-            middle = time.perf_counter()
-            for _ in range(STEPS):
-                text.append(token.item())
-                token = contestant.step(token)
-            if repeat:      # the first round warms up
-                times[name][0].append(middle - start)
-                times[name][1].append((time.perf_counter() - middle) / STEPS)
-            texts[name] = text
-        assert len({tuple(text) for text in texts.values()}) == 1, f"the greedy tokens differ: {texts}"
-    return {name: tuple(map(statistics.median, pair)) for name, pair in times.items()}
+        for length in lengths:
+            idx = torch.randint(0, BENCH["vocab_size"], (1, length), generator=torch.Generator().manual_seed(1))
+            texts = {}
+            for name, contestant in contestants.items():
+                start = time.perf_counter()
+                token, text = contestant.prefill(idx), []
+                middle = time.perf_counter()
+                for _ in range(STEPS):
+                    text.append(token.item())
+                    token = contestant.step(token)
+                if repeat:      # the first round warms up
+                    times[length, name][0].append(middle - start)
+                    times[length, name][1].append((time.perf_counter() - middle) / STEPS)
+                texts[name] = text
+            assert len({tuple(text) for text in texts.values()}) == 1, f"the greedy tokens differ: {texts}"
+    return {key: tuple(map(statistics.median, pair)) for key, pair in times.items()}
 
 
 def compare(compile):
@@ -119,11 +120,11 @@ def compare(compile):
     if len(contestants) == 1:
         print("transformers is not installed: only our own times (pip install transformers)")
     print(f"{'prompt':>6}  {'contestant':<24}{'prefill ms':>12}{'ms/token':>10}{'prefill x':>11}{'decode x':>10}")
-    for length in (128, 512, 2048):
-        found = measure(contestants, length)
-        for name, (prefill, step) in found.items():
-            print(f"{length:>6}  {name:<24}{prefill * 1e3:>12.1f}{step * 1e3:>10.2f}"
-                  f"{prefill / found['ours'][0]:>11.2f}{step / found['ours'][1]:>10.2f}", flush=True)
+    found = measure(contestants, (128, 512, 2048))
+    for (length, name), (prefill, step) in found.items():
+        ours = found[length, "ours"]
+        print(f"{length:>6}  {name:<24}{prefill * 1e3:>12.1f}{step * 1e3:>10.2f}"
+              f"{prefill / ours[0]:>11.2f}{step / ours[1]:>10.2f}")
 
 
 def speculation(ckpt, compile):
