@@ -288,6 +288,7 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.d_c)     # released code leaves eps at 1e-6 here whatever the config says
         self.kv_b_proj = nn.Linear(self.d_c, self.H * (self.d_nope + self.d_v), bias=False)     # W^UK and W^UV, by head
         self.o_proj = nn.Linear(self.H * self.d_v, D, bias=False)                           # W^O
+        self.cores = torch.get_num_threads()
         self.softmax_scale = self.d_qk ** -0.5
         if (yarn := config.rope_scaling) is not None and yarn.get("mscale_all_dim"):
             self.softmax_scale *= yarn_mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
@@ -343,14 +344,18 @@ class MLA(nn.Module):
         w = self.kv_b_proj.weight.view(H, self.d_nope + self.d_v, self.d_c).type_as(q_c)
         w_uk, w_uv = w.split([self.d_nope, self.d_v], 1)                                    # (H, ·, d_c)
         q_c = torch.bmm(q_c.flatten(0, 1).transpose(0, 1), w_uk).transpose(0, 1)           # (B*T, H, d_c)
-        # all heads of all tokens are queries to the one latent "head"
-        q = torch.cat([q_c.view(B, T, H, -1), q_r], -1).view(B, 1, T * H, -1)               # (B, 1, T*H, d_c + d_rope)
+        # All heads of all tokens are queries to the one latent "head". A CPU's cores share them out by groups; a GPU
+        # does not want more than one, for which it would copy the cache
+        G = math.gcd(T * H, self.cores) if q_c.device.type == "cpu" else 1
+        q = torch.cat([q_c.view(B, T, H, -1), q_r], -1).view(B, G, T * H // G, -1)          # (B, G, ·, d_c + d_rope)
         kv = cache[:, None].type_as(q)                                                      # (B, 1, S, d_c + d_rope)
         mask = None
         if T > 1:
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).repeat_interleave(H, 0)  # (T*H, S)
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+            mask = mask.repeat_interleave(H, 0).view(G, T * H // G, S)
         # k_r rides along as part of the "value", so that key and value are one tensor, and is cut off
-        o = F.scaled_dot_product_attention(q, kv, kv, attn_mask=mask, scale=self.softmax_scale)[..., :self.d_c]
+        o = F.scaled_dot_product_attention(q, kv, kv, attn_mask=mask, scale=self.softmax_scale,
+                                           enable_gqa=G > 1)[..., :self.d_c]                # (B, G, ·, d_c)
         o = torch.bmm(o.reshape(B * T, H, -1).transpose(0, 1), w_uv.mT)                     # (H, B*T, d_v)
         return o.transpose(0, 1).view(B, T, H, -1)                                          # (B, T, H, d_v)
 
