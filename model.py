@@ -346,13 +346,13 @@ class MLA(nn.Module):
         q_c = torch.bmm(q_c.flatten(0, 1).transpose(0, 1), w_uk).transpose(0, 1)           # (B*T, H, d_c)
         # All heads of all tokens are queries to the one latent "head". A CPU's cores share them out by groups; a GPU
         # does not want more than one, for which it would copy the cache
-        G = math.gcd(T * H, self.cores) if q_c.device.type == "cpu" else 1
-        q = torch.cat([q_c.view(B, T, H, -1), q_r], -1).view(B, G, T * H // G, -1)          # (B, G, ·, d_c + d_rope)
+        G = math.gcd(H, self.cores) if q_c.device.type == "cpu" else 1
+        q = torch.cat([q_c.view(B, T, H, -1), q_r], -1).view(B, G, T * (H // G), -1)        # (B, G, ·, d_c + d_rope)
         kv = cache[:, None].type_as(q)                                                      # (B, 1, S, d_c + d_rope)
         mask = None
         if T > 1:
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-            mask = mask.repeat_interleave(H, 0).view(G, T * H // G, S)
+            mask = mask.repeat_interleave(H, 0).view(G, T * (H // G), S)
         # k_r rides along as part of the "value", so that key and value are one tensor, and is cut off
         o = F.scaled_dot_product_attention(q, kv, kv, attn_mask=mask, scale=self.softmax_scale,
                                            enable_gqa=G > 1)[..., :self.d_c]                # (B, G, ·, d_c)
