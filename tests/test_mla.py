@@ -107,10 +107,13 @@ def test_attention_against_a_loop(make_model, changes):
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None, "rope_scaling": YARN}, {"v_head_dim": 12}])
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None, "rope_scaling": YARN}, {"v_head_dim": 12},
+                                     {"num_attention_heads": 4}])
 def test_any_split_into_prefill_and_decode_gives_the_same_logits(make_model, changes, monkeypatch):
     monkeypatch.setattr(model_module, "PREFILL_CHUNK", 7)
     model = make_model(**changes, initializer_range=0.1)
+    for layer in model.model.layers:
+        layer.self_attn.cores = 2       # 4 heads in two groups, 3 in one
     idx = torch.randint(0, 61, (2, 40))
     with torch.no_grad():
         whole = model(idx)[0]
