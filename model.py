@@ -288,7 +288,7 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.d_c)     # released code leaves eps at 1e-6 here whatever the config says
         self.kv_b_proj = nn.Linear(self.d_c, self.H * (self.d_nope + self.d_v), bias=False)     # W^UK and W^UV, by head
         self.o_proj = nn.Linear(self.H * self.d_v, D, bias=False)                           # W^O
-        self.cores = torch.get_num_threads()
+        self.cores = torch.get_num_threads()        # asked here, since torch.compile can't trace it
         self.softmax_scale = self.d_qk ** -0.5
         if (yarn := config.rope_scaling) is not None and yarn.get("mscale_all_dim"):
             self.softmax_scale *= yarn_mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
@@ -296,8 +296,8 @@ class MLA(nn.Module):
     def forward(self, x, cos, sin, mask=None, cache=None, pos=0):
         """x: (B, T, D) at positions pos..pos+T-1, whose RoPE angles are cos, sin. Returns (B, T, D).
 
-        mask: (B, 1, T, T) bool, True where a query may look (default: causal). cache: (B, S, d_c + d_rope) of the
-        caller's, S >= pos+T, holding positions 0..pos-1; the new ones are written into it.
+        mask: (B, 1, T, T) bool, True where a query may look (default, and always at pos > 0: causal). cache: (B, S,
+        d_c + d_rope) of the caller's, S >= pos+T, holding positions 0..pos-1; the new ones are written into it.
         """
         B, T, _ = x.shape
         if self.q_lora_rank is None:
@@ -311,8 +311,10 @@ class MLA(nn.Module):
         q_r, k_r = rotate(torch.cat([q_r, k_r[:, :, None]], 2), cos, sin).split([self.H, 1], 2)     # Eq. 8, 3
         if cache is not None:
             cache[:, pos:pos + T] = torch.cat([c_kv, k_r[:, :, 0]], -1)
-        if pos > 0 and T < 128:
-            o = self.attend_absorbed(q_c, q_r, cache[:, :pos + T])
+        if pos > 0 and T > 1:
+            mask = torch.ones(T, pos + T, dtype=torch.bool, device=x.device).tril(pos)
+        if pos > 0 and T < 128:     # for more queries than that, expanding the cache pays
+            o = self.attend_absorbed(q_c, q_r, cache[:, :pos + T], mask)
         else:
             if pos > 0:     # a later chunk of a long prompt
                 c_kv, k_r = cache[:, :pos + T, None].split([self.d_c, self.d_rope], -1)
@@ -320,8 +322,8 @@ class MLA(nn.Module):
         return self.o_proj(o.flatten(2))                                                    # Eq. 11
 
     def attend_naive(self, q_c, q_r, c_kv, k_r, mask=None):
-        """Eq. 2-5, 9, 10 as they stand; the T queries are the last of S positions. q_c, q_r: (B, T, H, ·); c_kv:
-        (B, S, d_c); k_r: (B, S, 1, d_rope). Returns (B, T, H, d_v)."""
+        """Eq. 2-5, 9, 10 as they stand. q_c, q_r: (B, T, H, ·); c_kv: (B, S, d_c); k_r: (B, S, 1, d_rope); mask: bool,
+        broadcast to (B, H, T, S) (default: causal, for T = S). Returns (B, T, H, d_v)."""
         (B, T, H, _), S = q_c.shape, c_kv.size(1)
         kv = self.kv_b_proj(c_kv).view(B, S, H, self.d_nope + self.d_v)
         k_c, v = kv.split([self.d_nope, self.d_v], -1)                                      # Eq. 2, 5
@@ -329,18 +331,17 @@ class MLA(nn.Module):
         k = torch.cat([k_c, k_r.expand(-1, -1, H, -1)], -1).transpose(1, 2)                 # Eq. 4; (B, H, S, d_qk)
         # SDPA's fast kernels want one head size: zeros appended to v come out as zeros and are cut off
         v = F.pad(v, (0, max(self.d_qk - self.d_v, 0))).transpose(1, 2)                     # (B, H, S, d_qk)
-        if mask is None and T < S:
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)
         return o[..., :self.d_v].transpose(1, 2)                                            # Eq. 10; (B, T, H, d_v)
 
-    def attend_absorbed(self, q_c, q_r, cache):
-        """The same, without expanding a single key or value; the T queries are the last of the cache's S positions.
+    def attend_absorbed(self, q_c, q_r, cache, mask=None):
+        """The same, without expanding a single key or value.
 
         q_c · (W^UK c_kv) = (W^UK^T q_c) · c_kv, so the latent itself is key and value of all heads (multi-query
-        attention), and W^UV follows the weighted sum. q_c, q_r: (B, T, H, ·); cache: (B, S, d_c + d_rope).
+        attention), and W^UV follows the weighted sum. q_c, q_r: (B, T, H, ·); cache: (B, S, d_c + d_rope); mask:
+        (T, S) bool (default: every query sees all of the cache). Returns (B, T, H, d_v).
         """
-        (B, T, H, _), S = q_c.shape, cache.size(1)
+        B, T, H, _ = q_c.shape
         w = self.kv_b_proj.weight.view(H, self.d_nope + self.d_v, self.d_c).type_as(q_c)
         w_uk, w_uv = w.split([self.d_nope, self.d_v], 1)                                    # (H, ·, d_c)
         q_c = torch.bmm(q_c.flatten(0, 1).transpose(0, 1), w_uk).transpose(0, 1)           # (B*T, H, d_c)
@@ -349,10 +350,8 @@ class MLA(nn.Module):
         G = math.gcd(H, self.cores) if q_c.device.type == "cpu" else 1
         q = torch.cat([q_c.view(B, T, H, -1), q_r], -1).view(B, G, T * (H // G), -1)        # (B, G, ·, d_c + d_rope)
         kv = cache[:, None].type_as(q)                                                      # (B, 1, S, d_c + d_rope)
-        mask = None
-        if T > 1:
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-            mask = mask.repeat_interleave(H, 0).view(G, T * (H // G), S)
+        if mask is not None:
+            mask = mask.repeat_interleave(H, 0).view(G, T * (H // G), -1)
         # k_r rides along as part of the "value", so that key and value are one tensor, and is cut off
         o = F.scaled_dot_product_attention(q, kv, kv, attn_mask=mask, scale=self.softmax_scale,
                                            enable_gqa=G > 1)[..., :self.d_c]                # (B, G, ·, d_c)

@@ -10,6 +10,7 @@ Medians of repeated runs, the contestants taking turns, so that a noisy machine 
 
 import argparse
 import copy
+import itertools
 import resource
 import statistics
 import sys
@@ -82,22 +83,21 @@ class Theirs:
 def measure(contestants, lengths):
     """-> {(length, name): (median prefill seconds, median seconds per decoded token)}; the greedy tokens must agree."""
     times = {(length, name): ([], []) for length in lengths for name in contestants}
-    for repeat in range(REPEATS + 1):
-        for length in lengths:
-            idx = torch.randint(0, BENCH["vocab_size"], (1, length), generator=torch.Generator().manual_seed(1))
-            texts = {}
-            for name, contestant in contestants.items():
-                start = time.perf_counter()
-                token, text = contestant.prefill(idx), []
-                middle = time.perf_counter()
-                for _ in range(STEPS):
-                    text.append(token.item())
-                    token = contestant.step(token)
-                if repeat:      # the first round warms up
-                    times[length, name][0].append(middle - start)
-                    times[length, name][1].append((time.perf_counter() - middle) / STEPS)
-                texts[name] = text
-            assert len({tuple(text) for text in texts.values()}) == 1, f"the greedy tokens differ: {texts}"
+    for repeat, length in itertools.product(range(REPEATS + 1), lengths):
+        idx = torch.randint(0, BENCH["vocab_size"], (1, length), generator=torch.Generator().manual_seed(1))
+        texts = {}
+        for name, contestant in contestants.items():
+            start = time.perf_counter()
+            token, text = contestant.prefill(idx), []
+            middle = time.perf_counter()
+            for _ in range(STEPS):
+                text.append(token.item())
+                token = contestant.step(token)
+            if repeat:      # the first round warms up
+                times[length, name][0].append(middle - start)
+                times[length, name][1].append((time.perf_counter() - middle) / STEPS)
+            texts[name] = text
+        assert len({tuple(text) for text in texts.values()}) == 1, f"the greedy tokens differ: {texts}"
     return {key: tuple(map(statistics.median, pair)) for key, pair in times.items()}
 
 
