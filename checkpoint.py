@@ -490,6 +490,33 @@ def read_config(dir):
     return DeepSeekV3Config.from_json(path)
 
 
+def config_from_json(cls, path):
+    """DeepSeekV3Config.from_json; cls: DeepSeekV3Config."""
+    raw = read_json(Path(path))
+    honoured = {"model_type": "deepseek_v3", "hidden_act": "silu", "scoring_func": "sigmoid",
+                "topk_method": "noaux_tc", "moe_layer_freq": 1, "attention_bias": False, "attention_dropout": 0,
+                "rope_interleave": True, "num_key_value_heads": raw.get("num_attention_heads")}
+    for key, value in honoured.items():
+        if raw.get(key, value) not in (value, None):
+            raise ValueError(f"{path}: {key}={raw[key]!r} is not supported, only {value!r} is")
+    rope = raw.get("rope_parameters") or {}         # transformers 5 keeps theta and YaRN together
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_parameters must be a JSON object, got {rope!r}")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"{path}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported")
+    if "rope_theta" in rope:
+        raw["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        raw["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    raw.setdefault("num_nextn_predict_layers", 0)
+    if raw.get("n_shared_experts", 1) is None:
+        raw["n_shared_experts"] = 0
+    try:
+        return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw})
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
 def open_safetensors(file):
     lib = safetensors()
     try:

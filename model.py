@@ -5,7 +5,8 @@ and Multi-Token Prediction. Read it top to bottom, leaf to root:
     config -> RMSNorm -> RoPE/YaRN -> MLA -> MLP -> Gate -> Experts -> MoE -> Block -> MTP -> DeepSeekV3
 
 Equation and section numbers refer to the DeepSeek-V3 Technical Report (arXiv 2412.19437). Modules carry the names of
-the released checkpoints, local variables the symbols of the report.
+the released checkpoints, local variables the symbols of the report. Files are read and written in checkpoint.py,
+tokens are drafted, verified and sampled in generate.py.
 
 Shapes      B batch, T tokens of a sequence, S tokens in the cache, N = B*T tokens of a batch, D hidden size, H heads,
             E routed experts, K experts per token, V vocabulary
@@ -24,7 +25,6 @@ W^O                   o_proj                        lambda, D of MTP     mtp_los
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 
@@ -139,35 +139,8 @@ class DeepSeekV3Config:
         scoring function: a wrong model would load without a word otherwise. Absent keys take the defaults above,
         but for num_nextn_predict_layers, which is 0 where the file doesn't name it.
         """
-        with open(path, encoding="utf-8") as f:
-            try:
-                raw = json.load(f)
-            except ValueError as e:
-                raise ValueError(f"{path} is not valid JSON: {e}") from None
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path} must hold a JSON object, got {type(raw).__name__}")
-        honoured = {"model_type": "deepseek_v3", "hidden_act": "silu", "scoring_func": "sigmoid",
-                    "topk_method": "noaux_tc", "moe_layer_freq": 1, "attention_bias": False, "attention_dropout": 0,
-                    "rope_interleave": True, "num_key_value_heads": raw.get("num_attention_heads")}
-        for key, value in honoured.items():
-            if raw.get(key, value) not in (value, None):
-                raise ValueError(f"{path}: {key}={raw[key]!r} is not supported, only {value!r} is")
-        rope = raw.get("rope_parameters") or {}         # transformers 5 keeps theta and YaRN together
-        if not isinstance(rope, dict):
-            raise ValueError(f"{path}: rope_parameters must be a JSON object, got {rope!r}")
-        if rope.get("partial_rotary_factor", 1) != 1:
-            raise ValueError(f"{path}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported")
-        if "rope_theta" in rope:
-            raw["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            raw["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-        raw.setdefault("num_nextn_predict_layers", 0)
-        if raw.get("n_shared_experts", 1) is None:
-            raw["n_shared_experts"] = 0
-        try:
-            return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw})
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}") from None
+        import checkpoint       # the formats of files, which nobody needs in order to read the model
+        return checkpoint.config_from_json(cls, path)
 
 
 _V3_YARN = dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1,
@@ -602,10 +575,10 @@ class DeepSeekV3(nn.Module):
         the tokens of each expert in each MoE layer of the main model, then in each MTP module. Without targets the
         loss is None and aux is empty. ValueError for a token id out of range or T > max_position_embeddings.
         """
-        self._check_tokens(idx, idx.size(1))
+        self.check_tokens(idx, idx.size(1))
         T, L, depth = idx.size(1), self.config.num_hidden_layers, self.config.num_nextn_predict_layers
         mask = None if doc_ids is None else self._document_mask(doc_ids)
-        h, stats = self._main(idx, mask)
+        h, stats = self.main_model(idx, mask)
         logits = self.lm_head(h)
         if targets is None:
             return logits, None, {}
@@ -634,7 +607,7 @@ class DeepSeekV3(nn.Module):
             loss = main + weight * mtp + self.config.balance_loss_alpha * balance
         return logits, loss, {"main": main.detach(), "mtp": mtp.detach(), "balance": balance.detach(), "load": load}
 
-    def _main(self, idx, mask=None, cache=None, pos=0):
+    def main_model(self, idx, mask=None, cache=None, pos=0):
         """idx: (B, T) at positions pos.. -> h^0 (B, T, D), after the final norm, and each MoE layer's statistics."""
         x = self.model.embed_tokens(idx)
         cos, sin = rope_cos_sin(self.config, pos, pos + idx.size(1), idx.device)
@@ -645,7 +618,7 @@ class DeepSeekV3(nn.Module):
                 stats.append(layer_stats)
         return self.model.norm(x), stats
 
-    def _check_tokens(self, idx, length):
+    def check_tokens(self, idx, length):
         """length: of the sequence in the end, new tokens included."""
         if length > self.config.max_position_embeddings:
             raise ValueError(f"a sequence of {length} tokens is longer than max_position_embeddings="
@@ -730,7 +703,7 @@ class DeepSeekV3(nn.Module):
         num_nextn_predict_layers=0. Peak memory: the model and one tensor, as tensors are read one by one. ValueError,
         one sentence, for files that are damaged or hold other tensors than the config asks for.
         """
-        import checkpoint       # the formats of files, which nobody needs in order to read the model
+        import checkpoint
         return checkpoint.load(cls, dir, dtype, device, **changes)
 
     def save_pretrained(self, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9):
@@ -759,24 +732,23 @@ class DeepSeekV3(nn.Module):
         """Logits (B, T, V) of tokens idx (B, T) at positions pos..pos+T-1, given a cache that holds 0..pos-1; the
         cache takes in the new ones. To go back to an earlier position, call with that pos: what lies behind it is
         overwritten. ValueError for a token id out of range or more tokens than the cache holds."""
-        return self.lm_head(self._prefill(idx, cache, pos))
+        return self.lm_head(self.prefill(idx, cache, pos))
 
     @torch.inference_mode()
-    def _prefill(self, idx, cache, pos=0):
+    def prefill(self, idx, cache, pos=0):
         """h^0 (B, T, D) of T tokens from pos on, in chunks, so that memory stays bounded however long the prompt."""
         end = pos + idx.size(1)
-        self._check_tokens(idx, end)
+        self.check_tokens(idx, end)
         if end > cache[0].size(1):
             raise ValueError(f"the cache holds {cache[0].size(1)} positions, {end} are needed; make it with "
                              f"new_cache(batch_size, {end})")
-        return torch.cat([self._main(idx[:, i:i + PREFILL_CHUNK], cache=cache, pos=pos + i)[0]
+        return torch.cat([self.main_model(idx[:, i:i + PREFILL_CHUNK], cache=cache, pos=pos + i)[0]
                           for i in range(0, idx.size(1), PREFILL_CHUNK)], 1)
 
     def generate(self, idx, max_new_tokens, *args, **kwargs):
         """idx (B, T) int64 -> (B, T + new) int64; the arguments are generate_stream's."""
         return torch.cat([idx, *self.generate_stream(idx, max_new_tokens, *args, **kwargs)], 1)
 
-    @torch.inference_mode()
     def generate_stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, speculative=None, stop=(),
                         generator=None, stats=None):
         """Continue the prompts idx (B, T) int64; yields tokens (B, 1) int64 as they come.
@@ -788,129 +760,9 @@ class DeepSeekV3(nn.Module):
         caller's in which "forwards", "drafted" and "accepted" are counted up. ValueError for an empty prompt, a token
         id out of range, a total length over max_position_embeddings, and sampling arguments out of range.
         """
-        B, T = idx.shape
-        if T == 0:
-            raise ValueError("the prompt is empty: give at least one token, such as the document separator")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-        depth = self.config.num_nextn_predict_layers
-        if speculative and not depth:
-            raise ValueError("speculative decoding needs an MTP module, and this model has num_nextn_predict_layers=0")
-        depth = depth if speculative is None or speculative else 0
-        self._check_tokens(idx, T + max_new_tokens)
-        probs = lambda h: sampling_probs(self.lm_head(h), temperature, top_k, top_p)        # (B, t, D) -> (B, t, V)
-        stop = torch.tensor(sorted(stop), dtype=torch.int64, device=idx.device)
-        stats = {} if stats is None else stats
-        for name in ("forwards", "drafted", "accepted"):
-            stats.setdefault(name, 0)
-
-        # drafts may reach beyond the last position that the caller asked for, and are cut off
-        tokens = idx.new_zeros(B, T + max_new_tokens + depth + 1)
-        tokens[:, :T] = idx
-        cache = self.new_cache(B, tokens.size(1), mtp=depth > 0)
-        h = self._prefill(idx, cache)           # h^0 of positions start..p-1, for the MTP modules
-        new = self._sample(probs(h[:, -1:]), generator)                                     # (B, 1)
-        start, p, end = 0, T, T + max_new_tokens        # p: position of the newest token, not yet in the cache
-        done, last = torch.zeros(B, 1, dtype=torch.bool, device=idx.device), new
-        while True:
-            for token in new.split(1, 1)[:end - p]:
-                last = torch.where(done, last, token)
-                with torch.inference_mode(False):       # a tensor that training may use
-                    token = last.clone()
-                yield token
-                done = done | torch.isin(last, stop)
-                if stop.numel() and done.all():
-                    return
-            tokens[:, p:p + new.size(1)] = new
-            p += new.size(1) - 1
-            if p + 1 >= end:
-                return
-
-            # Each depth k reads h^{k-1} and t_{i+k} at positions i = start..p-1, the token of its last one known (k = 1)
-            # or drafted by the depth before, and drafts t_{p+k}
-            q, x = [], h
-            for k in range(1, depth + 1):
-                x = self._draft(k, x, tokens[:, start + k:p + k], cache, start)
-                q.append(probs(self.model.layers[self.config.num_hidden_layers + k - 1].shared_head.norm(x[:, -1:])))
-                tokens[:, p + k:p + k + 1] = self._sample(q[-1], generator)
-
-            # One pass of the main model over the newest token and the drafts: a distribution for each's successor
-            h_new = self._main(tokens[:, p:p + depth + 1], cache=cache, pos=p)[0]           # (B, depth + 1, D)
-            new = self._verify(tokens[:, p + 1:p + depth + 1], q, probs(h_new), done, generator)
-            stats["forwards"] += 1
-            stats["drafted"] += depth
-            stats["accepted"] += new.size(1) - 1
-            # the MTP caches are right up to where only known tokens were read; from there on they are made again
-            again = max(p - depth + 1, start)
-            h = torch.cat([h[:, again - start:], h_new[:, :new.size(1)]], 1) if depth else h_new
-            start, p = again, p + 1
-
-    def _draft(self, k, h, next_tokens, cache, pos):
-        """h^k (B, t, D) from h^{k-1} (B, t, D) at positions pos.. and the tokens (B, t) k positions later."""
-        i = self.config.num_hidden_layers + k - 1
-        layer, emb = self.model.layers[i], self.model.embed_tokens(next_tokens)
-        out = []
-        for a in range(0, h.size(1), PREFILL_CHUNK):
-            b = min(a + PREFILL_CHUNK, h.size(1))
-            cos, sin = rope_cos_sin(self.config, pos + a, pos + b, h.device)
-            out.append(layer(h[:, a:b], emb[:, a:b], cos, sin, cache=cache[i], pos=pos + a)[0])
-        return torch.cat(out, 1)
-
-    @staticmethod
-    def _sample(probs, generator):
-        """probs: (B, 1, V) -> (B, 1) int64. What torch.multinomial does, without its checks, which wait for a GPU."""
-        return (probs[:, 0] / torch.empty_like(probs[:, 0]).exponential_(generator=generator)).argmax(-1, keepdim=True)
-
-    def _verify(self, drafts, q, p, done, generator):
-        """Speculative sampling (arXiv 2211.17192): the tokens to keep, (B, n + 1), distributed exactly as p.
-
-        drafts: (B, depth) int64, drawn from q, a list of (B, 1, V); p: (B, depth + 1, V), the main model's. Draft x is
-        kept with probability min(1, p(x)/q(x)); the first one refused is replaced by a draw from max(p - q, 0), and
-        if none is, a token more comes for free. Rows keep in step: the batch takes as many drafts as its most
-        refusing row, which skews nothing, as a draft that another row cut off is simply drawn anew. Rows that are
-        done have no say. Greedy decoding is the case of one-hot p and q.
-        """
-        depth = drafts.size(1)
-        if depth == 0:
-            return self._sample(p, generator)
-        q = torch.cat(q, 1)                                                                 # (B, depth, V)
-        p_x, q_x = (t[:, :depth].gather(-1, drafts[..., None])[..., 0] for t in (p, q))     # (B, depth)
-        u = torch.rand(p_x.shape, generator=generator, device=p_x.device)
-        accepted = (u * q_x < p_x).long().cumprod(1).sum(1)                                 # (B,) leading ones
-        accepted = accepted.masked_fill(done[:, 0], depth)
-        n = int(accepted.min())
-        residual = p[:, n]                                                                  # (B, V)
-        if n < depth:
-            excess = (p[:, n] - q[:, n]).clamp(min=0)
-            residual = torch.where(excess.sum(-1, keepdim=True) > 0, excess, residual)
-        token = self._sample(residual[:, None], generator)                                  # (B, 1)
-        if n < depth:       # a row that accepted draft n keeps it
-            token = torch.where(accepted[:, None] > n, drafts[:, n:n + 1], token)
-        return torch.cat([drafts[:, :n], token], 1)
+        import generate     # speculative decoding, which nobody needs in order to train the model
+        return generate.generate_stream(self, idx, max_new_tokens, temperature, top_k, top_p, speculative, stop, generator,
+                                        stats)
 
 
 PREFILL_CHUNK = 1024    # tokens that a prompt is read in at a time
-
-
-def sampling_probs(logits, temperature=1.0, top_k=None, top_p=None):
-    """logits: (..., V) -> probabilities (..., V) fp32 to sample from. ValueError for an argument out of range."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be over 0 and at most 1, got {top_p}")
-    logits = logits.float()
-    if temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature     # the maximum at 0: no overflow at any temperature
-    if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k, -1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    probs = logits.softmax(-1)
-    if top_p is not None and top_p < 1:
-        p, order = probs.sort(-1, descending=True)
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)           # what comes before already reaches top_p
-        probs = torch.zeros_like(probs).scatter_(-1, order, p)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs

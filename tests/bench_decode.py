@@ -56,7 +56,7 @@ class Ours:
     @torch.inference_mode()
     def prefill(self, idx):
         self.cache, self.pos = self.model.new_cache(1, idx.size(1) + STEPS), idx.size(1)
-        return self.model.lm_head(self.model._prefill(idx, self.cache)[:, -1:]).argmax(-1)      # as generate does
+        return self.model.lm_head(self.model.prefill(idx, self.cache)[:, -1:]).argmax(-1)      # as generate does
 
     def step(self, token):
         self.pos += 1

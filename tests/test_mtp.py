@@ -14,7 +14,7 @@ def slow_mtp_losses(model, idx, targets):
     B, T = idx.shape
     t = torch.cat([idx, targets[:, -1:]], 1)                    # t_0..t_T
     assert torch.equal(t[:, 1:], targets)
-    h = model._main(idx)[0]
+    h = model.main_model(idx)[0]
     losses = []
     for k in (1, 2)[:model.config.num_nextn_predict_layers]:
         module, rows = model.model.layers[model.config.num_hidden_layers + k - 1], []
@@ -85,7 +85,7 @@ def test_mtp_stays_within_the_document(make_model):
     cos, sin = rope_cos_sin(model.config, 4, 8)
     expected = a["mtp"] * 4
     module = model.model.layers[-1]
-    h = model._main(idx, model._document_mask(doc_ids))[0][:, 4:]
+    h = model.main_model(idx, model._document_mask(doc_ids))[0][:, 4:]
     x = module(h[:, :3], model.model.embed_tokens(idx[:, 5:]), cos[:3], sin[:3])[0]
     expected = expected + F.cross_entropy(model.lm_head(module.shared_head.norm(x))[0], cut[0, 1:], reduction="sum")
     torch.testing.assert_close(aux["mtp"] * 8, expected)

@@ -8,8 +8,9 @@ import shutil
 import pytest
 import torch
 
+import generate
 import model as model_module
-from model import sampling_probs
+from generate import sampling_probs, verify
 from sample import compile_steps
 
 
@@ -90,8 +91,7 @@ def test_mtp_caches_are_right_after_rejections(trained, monkeypatch):
     for layer in trained.model.layers[2:]:      # worse drafts, for more rejections
         layer.eh_proj.weight.data += 0.1 * torch.randn(layer.eh_proj.weight.shape)
     calls = []
-    verify = trained._verify
-    monkeypatch.setattr(trained, "_verify", lambda drafts, q, *rest: (calls.append((drafts.clone(), q)),
+    monkeypatch.setattr(generate, "verify", lambda drafts, q, *rest: (calls.append((drafts.clone(), q)),
                                                                       verify(drafts, q, *rest))[1])
     idx = torch.tensor([[1, 2, 3, 5, 6]])
     steps, out = [], [idx]
@@ -102,7 +102,7 @@ def test_mtp_caches_are_right_after_rejections(trained, monkeypatch):
     rejected = 0
     for number, (drafts, q) in enumerate(calls):
         p = max(length for seen, length in steps if seen == number)        # position of the newest token then
-        h, sequence = trained._main(whole[:, :p])[0], torch.cat([whole[:, :p + 1], drafts], 1)
+        h, sequence = trained.main_model(whole[:, :p])[0], torch.cat([whole[:, :p + 1], drafts], 1)
         for k in (1, 2):
             emb = trained.model.embed_tokens(sequence[:, k:p + k])
             cos, sin = model_module.rope_cos_sin(trained.config, 0, p)
@@ -122,8 +122,8 @@ def test_a_verified_draft_is_distributed_as_the_main_model_says(trained, place):
     p, q = torch.randn(place + 2, 11).softmax(-1), torch.randn(place + 1, 11).softmax(-1)
     q[:place] = p[:place]
     drafts = torch.stack([torch.multinomial(q_k, N, replacement=True) for q_k in q], 1)         # (N, place + 1)
-    tokens = trained._verify(drafts, [q_k.expand(N, 1, 11) for q_k in q], p.expand(N, place + 2, 11),
-                             torch.zeros(N, 1, dtype=torch.bool), torch.Generator().manual_seed(0))
+    tokens = verify(drafts, [q_k.expand(N, 1, 11) for q_k in q], p.expand(N, place + 2, 11),
+                    torch.zeros(N, 1, dtype=torch.bool), torch.Generator().manual_seed(0))
     kept = (tokens[:, place] == drafts[:, place]).float().mean()
     assert tokens.shape == drafts.shape and 0.2 < kept < 0.95 and torch.equal(tokens[:, :place], drafts[:, :place])
     chi2 = ((tokens[:, place].bincount(minlength=11) - N * p[place]) ** 2 / (N * p[place])).sum()

@@ -189,16 +189,15 @@ def test_bfloat16_trains(data_dir, tmp_path):
     assert all(v.dtype == torch.float32 for v in checkpoint(tmp_path / "a")["model"].values())
 
 
-def test_a_compiled_run_has_no_graph_break_and_compiles_once_for_training_and_once_for_evaluation(data_dir, tmp_path,
-                                                                                                 monkeypatch):
+def test_a_compiled_run_has_no_graph_break_and_compiles_once_for_training_and_once_for_evaluation(data_dir, tmp_path):
     """In bfloat16: in fp32 torch.compile can't trace grouped_mm. Lambda changes on the way, and the last batch of the
     validation split would be a smaller one."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 1)       # g++ takes less long over scalar code
     # a dense layer and an MTP module with experts: each block more would take the compiler half as long again
-    ok(data_dir, tmp_path, "--compile", "--dtype", "bfloat16", "--max_iters", 6, "--eval_interval", 3,
-       "--num_hidden_layers", 1)
+    with torch._inductor.config.patch({"cpp.simdlen": 1}):      # g++ takes less long over scalar code
+        ok(data_dir, tmp_path, "--compile", "--dtype", "bfloat16", "--max_iters", 6, "--eval_interval", 3,
+           "--num_hidden_layers", 1)
     counters = torch._dynamo.utils.counters
     torch.compiler.reset()
     assert not counters["graph_break"]
