@@ -44,14 +44,14 @@ def generate_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top
     tokens = idx.new_zeros(B, T + max_new_tokens + depth + 1)
     tokens[:, :T] = idx
     cache = model.new_cache(B, tokens.size(1), mtp=depth > 0)
-    h = model.prefill(idx, cache)                                                   # h^0 of positions start..p-1, for the MTP modules
+    h = model.prefill(idx, cache)        # h^0 of positions start..p-1, for the MTP modules
     new = draw(probs(h[:, -1:]), generator)                                         # (B, 1)
-    start, p, end = 0, T, T + max_new_tokens                                        # p: position of the newest token, not yet in the cache
+    start, p, end = 0, T, T + max_new_tokens        # p: position of the newest token, not yet in the cache
     done, last = torch.zeros(B, 1, dtype=torch.bool, device=idx.device), new
     while True:
         for token in new.split(1, 1)[:end - p]:
             last = torch.where(done, last, token)
-            with torch.inference_mode(False):                                       # a tensor that training may use
+            with torch.inference_mode(False):        # a tensor that training may use
                 token = last.clone()
             yield token
             done = done | torch.isin(last, stop)
