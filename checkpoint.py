@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 import zlib
@@ -268,7 +269,7 @@ def load_checkpoint(path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Released checkpoints
 
-STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FP8_FORMAT = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
@@ -276,7 +277,7 @@ def released_folder(name):
     """The folder of a released checkpoint: a path or, where there is none, an id on the Hugging Face Hub (owner/model),
     whose files are downloaded by huggingface_hub. ImportError without that, ValueError if the Hub doesn't give them."""
     path = Path(name)
-    if path.parent.exists() or path.is_absolute() or len(path.parts) != 2:
+    if path.parent.exists() or path.is_absolute() or len(path.parts) != 2 or str(name).startswith("."):
         return path
     try:
         from huggingface_hub import snapshot_download
@@ -287,8 +288,9 @@ def released_folder(name):
         # never a pickle
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
     except (OSError, ValueError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise ValueError(f"there is no folder {name}, and the Hugging Face Hub did not give {name}: {reason}") from None
+        reason = " ".join(str(e).split())[:100]
+        raise ValueError(f"there is no folder {name}, and the Hugging Face Hub did not give {name} ({reason}); check the "
+                         "name and the network, or download the files and give their folder") from None
 
 
 def released_tensors(model):
@@ -314,17 +316,22 @@ def released_tensors(model):
 def load(cls, dir, dtype=None, device=None, **changes):
     """DeepSeekV3.from_pretrained; cls: DeepSeekV3."""
     dir, E4M3 = released_folder(dir), torch.float8_e4m3fn
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
     config = dataclasses.replace(read_config(dir), **changes)
     where = find_tensors(dir)       # {name: (file, dtype, shape)}
     if dtype == E4M3 or any(stored == "F8_E4M3" for _, stored, _ in where.values()):
         from fp8 import hold_in_fp8, quantize_reference, weight_dequant     # brings Triton, slow to import
     layers, depth = config.num_hidden_layers, config.num_nextn_predict_layers
+    if "num_nextn_predict_layers" in changes:       # the caller wants fewer than there are
+        pattern = re.compile(r"model\.layers\.(\d{1,9})\.")
+        where = {n: at for n, at in where.items() if not (m := pattern.match(n)) or int(m[1]) < layers + depth}
     if layers + depth <= len(where):
         there = {".".join(name.split(".")[:3]) for name in where}
         if not any(f"model.layers.{layers + k}" in there for k in range(depth)):
             config, depth = dataclasses.replace(config, num_nextn_predict_layers=0), 0
-    has_moe = depth or layers > config.first_k_dense_replace
-    if layers + depth > len(where) or 3 * config.n_routed_experts > len(where) and has_moe:
+    moe_layers = max(layers - config.first_k_dense_replace, 0) + depth
+    if layers + depth > len(where) or 3 * config.n_routed_experts * moe_layers > len(where):
         raise ValueError(f"{dir} holds {len(where)} tensors, too few for the {layers} layers, {depth} MTP modules and "
                          f"{config.n_routed_experts} experts of its config.json")
     model = on_meta(cls, config, dir)
@@ -332,7 +339,8 @@ def load(cls, dir, dtype=None, device=None, **changes):
 
     # Account for every tensor before any memory is spent
     missing, wrong = [n for n in expected if n not in where and n not in copies], []
-    unexpected = {n for n in where if n not in expected and not n.endswith(".rotary_emb.inv_freq")}
+    # nothing is lost with an empty tensor: transformers writes them for n_shared_experts 0
+    unexpected = {n for n in where if n not in expected and not n.endswith(".rotary_emb.inv_freq") and 0 not in where[n][2]}
     for name in expected.keys() & where.keys():
         _, stored, shape = where[name]
         if shape != tuple(expected[name].shape):
@@ -346,7 +354,8 @@ def load(cls, dir, dtype=None, device=None, **changes):
                 wrong.append(f"{scale} is {where[scale][1]} {where[scale][2]} instead of F32 {blocks}")
         elif stored not in STORED_DTYPES:
             wrong.append(f"{name} has the dtype {stored}, which is none of {', '.join(STORED_DTYPES)} or F8_E4M3")
-    parts = [f"{what} {', '.join(sorted(names)[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    parts = [f"{what} {', '.join(n if n.isprintable() and len(n) < 250 else ascii(n)[:250] for n in sorted(names)[:10])}"
+             + (f" and {len(names) - 10} more" if len(names) > 10 else "")
              for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong:", wrong)) if names]
     if parts:
         raise ValueError(f"the tensors of {dir} don't fit its config.json: {'; '.join(parts)}")
@@ -361,12 +370,19 @@ def load(cls, dir, dtype=None, device=None, **changes):
         tensor, scale_name, scale = read_tensor(where[name][0], name), name + "_scale_inv", None
         if tensor.dtype == E4M3:
             scale = read_tensor(where[scale_name][0], scale_name)
+            if not (scale.isfinite() & (scale >= 0)).all():
+                raise ValueError(f"{dir}: {scale_name} holds scales that are negative or not finite; the file is damaged")
         if targets[name].dtype == E4M3:
             tensor, scale = (tensor, scale) if scale is not None else quantize_reference(tensor, 128)
             targets[scale_name].copy_(scale)
         elif scale is not None:
             tensor = weight_dequant(tensor, scale)
         targets[name].copy_(tensor)
+    if config.tie_word_embeddings and "lm_head.weight" in where:
+        head = read_tensor(where["lm_head.weight"][0], "lm_head.weight")
+        if not torch.equal(head.to(model.lm_head.weight), model.lm_head.weight):
+            raise ValueError(f"{dir} has an lm_head.weight other than its embedding, although its config.json says "
+                             "tie_word_embeddings true; write false there")
     return model.eval()
 
 
@@ -425,7 +441,11 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9):
                 else:
                     shard[name] = t.to(torch.bfloat16) if fp8 and "e_score" not in name else t
             files.append(file)
-            save_file(shard, dir / (file + tmp), metadata={"format": "pt"})
+            try:
+                save_file(shard, dir / (file + tmp), metadata={"format": "pt"})
+            except safetensors().SafetensorError as e:      # a full disk, a folder that can't be written
+                raise OSError(f"{dir / file} can't be written ({' '.join(str(e).split())[:200]}); an earlier checkpoint in "
+                              f"{dir} is intact: make room, or save to another folder") from None
             index |= dict.fromkeys(shard, file)
         texts = {}
         if len(shards) > 1:
@@ -450,8 +470,9 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9):
             with open(dir / (file + tmp), "rb+") as f:
                 os.fsync(f.fileno())
         (dir / "config.json").unlink(missing_ok=True)       # from here until it is back, this is no checkpoint
-        for old in [*dir.glob("model*.safetensors"), dir / "model.safetensors.index.json"]:
-            old.unlink(missing_ok=True)
+        for old in ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"):
+            for path in dir.glob(old):
+                path.unlink()
         for file in files:
             os.replace(dir / (file + tmp), dir / file)
     finally:
@@ -493,21 +514,31 @@ def read_config(dir):
 def config_from_json(cls, path):
     """DeepSeekV3Config.from_json; cls: DeepSeekV3Config."""
     raw = read_json(Path(path))
+    # num_key_value_heads isn't looked at: MLA has none, whatever a config says
     honoured = {"model_type": "deepseek_v3", "hidden_act": "silu", "scoring_func": "sigmoid",
                 "topk_method": "noaux_tc", "moe_layer_freq": 1, "attention_bias": False, "attention_dropout": 0,
-                "rope_interleave": True, "num_key_value_heads": raw.get("num_attention_heads")}
-    for key, value in honoured.items():
-        if raw.get(key, value) not in (value, None):
-            raise ValueError(f"{path}: {key}={raw[key]!r} is not supported, only {value!r} is")
-    rope = raw.get("rope_parameters") or {}         # transformers 5 keeps theta and YaRN together
-    if not isinstance(rope, dict):
-        raise ValueError(f"{path}: rope_parameters must be a JSON object, got {rope!r}")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"{path}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported")
-    if "rope_theta" in rope:
-        raw["rope_theta"] = rope["rope_theta"]
-    if rope.get("rope_type", "default") != "default":
-        raw["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+                "rope_interleave": True, "partial_rotary_factor": 1}
+
+    def check(section, keys):
+        for key in keys & section.keys():
+            # absent and null are the same but for rope_interleave, where transformers takes null for false
+            if section[key] != honoured[key] and (section[key] is not None or key == "rope_interleave"):
+                raise ValueError(f"{path}: {key}={repr(section[key])[:100]} is not supported, only {honoured[key]!r} is; "
+                                 "choose a checkpoint of DeepSeek-V3's own architecture")
+
+    check(raw, honoured.keys())
+    for key in ("rope_scaling", "rope_parameters"):
+        if raw.get(key) is not None and not isinstance(raw[key], dict):
+            raise ValueError(f"{path}: {key} must be a JSON object, got {repr(raw[key])[:100]}")
+    # transformers 5 keeps theta and YaRN together in rope_parameters; where both are there it reads the old one, too
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    check(rope, {"partial_rotary_factor"})
+    if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
+        raise ValueError(f"{path}: RoPE's parameters by kind of layer ({nested[0]!r}) are not supported; all layers share one")
+    raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", DeepSeekV3Config.rope_theta))
+    if "original_max_position_embeddings" in raw:
+        rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
+    raw["rope_scaling"] = None if rope.get("rope_type", rope.get("type", "default")) == "default" else rope
     raw.setdefault("num_nextn_predict_layers", 0)
     if raw.get("n_shared_experts", 1) is None:
         raw["n_shared_experts"] = 0

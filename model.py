@@ -80,13 +80,13 @@ class DeepSeekV3Config:
             if value is None and f.name in ("q_lora_rank", "rope_scaling"):
                 continue
             kind = {"q_lora_rank": int, "rope_scaling": dict}.get(f.name, f.type)
-            if kind is float and type(value) is int:
+            if kind is float and type(value) is int and value < 2**31:
                 value = float(value)
                 setattr(self, f.name, value)
+            if kind is not dict and type(value) in (int, float) and not 0 <= value < 2**31:
+                raise ValueError(f"{f.name} must be a number from 0 to 2^31, got {str(value)[:100]}")
             if type(value) is not kind:
-                raise ValueError(f"{f.name} must be of type {kind.__name__}, got {value!r}")
-            if kind is int and not 0 <= value < 2**31 or kind is float and not 0 <= value < math.inf:
-                raise ValueError(f"{f.name} must be a finite number >= 0, got {value!r}")
+                raise ValueError(f"{f.name} must be of type {kind.__name__}, got {repr(value)[:100]}")
         at_least_one = ("vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers "
                         "num_attention_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
                         "n_routed_experts num_experts_per_tok n_group topk_group max_position_embeddings rope_theta")
@@ -110,17 +110,19 @@ class DeepSeekV3Config:
     def _check_yarn(self):
         rope = self.rope_scaling
         if (kind := rope.get("rope_type", rope.get("type"))) != "yarn":
-            raise ValueError(f"rope_scaling of type {kind!r} is not supported, only 'yarn' is")
-        if "factor" not in rope:
-            raise ValueError(f"rope_scaling needs a 'factor' for YaRN, got {rope}")
+            raise ValueError(f"rope_scaling of type {repr(kind)[:100]} is not supported, only 'yarn' is")
+        if rope.get("factor") is None:
+            raise ValueError(f"rope_scaling needs a 'factor' for YaRN, got {repr(rope)[:200]}")
         for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
                     "attention_factor"):
-            value = rope.get(key)
-            if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
-                raise ValueError(f"rope_scaling['{key}'] must be a finite number >= 0, got {value!r}")
-        for key in ("factor", "original_max_position_embeddings"):
-            if rope.get(key, 1) < 1:
-                raise ValueError(f"rope_scaling['{key}'] must be at least 1, got {rope[key]!r}")
+            value, least = rope.get(key), 1 if key in ("factor", "original_max_position_embeddings") else 0
+            if value is not None and (type(value) not in (int, float) or not least <= value < 2**31):
+                raise ValueError(f"rope_scaling['{key}'] must be a number from {least} to 2^31, got {repr(value)[:100]}")
+        fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+        if not 1e-3 < slow <= fast:
+            raise ValueError(f"rope_scaling['beta_slow'] must be over 0.001 and at most beta_fast, got {slow} and {fast}")
+        if self.rope_theta == 1:
+            raise ValueError("rope_theta must be over 1 for YaRN, got 1")
         if rope.get("truncate", True) is not True:
             raise ValueError("rope_scaling['truncate'] = false is not supported; DeepSeek-V3 rounds YaRN's range")
 

@@ -68,19 +68,36 @@ def load_released(path, device):
             settings |= {k: v for k, v in read_json(path / name).items() if v is not None}
     tokenizer = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
     stop = settings.get("eos_token_id", separator(enc))
-    stop = set(stop) if isinstance(stop, list) else {stop}
-    bos = tokenizer.get("bos_token")
-    bos = enc._special_tokens.get(bos["content"] if isinstance(bos, dict) else bos, settings.get("bos_token_id"))
-    for token in stop | {bos} - {None}:
+    stop = stop if isinstance(stop, list) else [stop]
+    bos, template = tokenizer.get("bos_token"), template_bos(path)
+    adds_bos = tokenizer.get("add_bos_token", template is not None) is True
+    bos = template or (bos.get("content") if isinstance(bos, dict) else bos)
+    bos = enc._special_tokens[bos] if isinstance(bos, str) and bos in enc._special_tokens else settings.get("bos_token_id")
+    for token in stop + ([] if bos is None else [bos]):
         if type(token) is not int or not 0 <= token < enc.n_vocab:
-            raise ValueError(f"{path}: bos or eos token {token!r} is not one of the tokenizer's {enc.n_vocab} ids")
+            raise ValueError(f"{path}: bos or eos token {repr(token)[:100]} is not one of the tokenizer's {enc.n_vocab} ids; "
+                             "correct config.json, generation_config.json or tokenizer_config.json")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if device == "cuda" and settings.get("quantization_config"):
         from fp8 import kernels_missing
         if kernels_missing(torch.device(device)) is None:
             dtype = torch.float8_e4m3fn
     model = DeepSeekV3.from_pretrained(path, dtype, device)
-    return model, enc, bos if tokenizer.get("add_bos_token") else None, stop, None
+    return model, enc, bos if adds_bos else None, set(stop), None
+
+
+def template_bos(path):
+    """The special token that the post_processor of a folder's tokenizer.json puts before a text, or None."""
+    post = read_json(path / "tokenizer.json").get("post_processor") if (path / "tokenizer.json").is_file() else None
+    match post:
+        case {"type": "Sequence", "processors": [*parts]}:
+            pass
+        case _:
+            parts = [post]
+    for part in parts:
+        match part:
+            case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(name)}}, *_]}:
+                return name
 
 
 def compile_steps(model):
@@ -144,7 +161,7 @@ def main(argv=None):
     parser.add_argument("--prompt", help="text to continue, or FILE:path")
     parser.add_argument("--prefix", help="fill in the middle: text before the hole, or FILE:path")
     parser.add_argument("--suffix", help="text after the hole, or FILE:path")
-    parser.add_argument("--max_new_tokens", type=int, default=500)
+    parser.add_argument("--max_new_tokens", type=int, help="default: 500, or as many as a released model has room for")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     parser.add_argument("--top_k", type=int, help="sample from the k likeliest tokens only")
     parser.add_argument("--top_p", type=float, help="sample from the likeliest tokens that together reach p only")
@@ -157,7 +174,7 @@ def main(argv=None):
     try:
         if args.num_samples < 1:
             raise ValueError(f"--num_samples must be at least 1, got {args.num_samples}")
-        if args.max_new_tokens < 0:
+        if args.max_new_tokens is not None and args.max_new_tokens < 0:
             raise ValueError(f"--max_new_tokens must be at least 0, got {args.max_new_tokens}")
         if args.prompt is not None and (args.prefix is not None or args.suffix is not None):
             raise ValueError("--prompt is text to continue, --prefix and --suffix surround a hole; give one or the other")
@@ -165,14 +182,20 @@ def main(argv=None):
         model, enc, bos, stop, window = load(args.ckpt, device, args.ema)
         if args.compile:
             compile_steps(model)
-        suffix = ""
+        suffix, new = "", 500 if args.max_new_tokens is None else args.max_new_tokens
         if args.prefix is None and args.suffix is None:
             prompt, idx = read_prompt(args.prompt, enc)
         else:
             prompt, suffix = read_text(args.prefix or "", "--prefix"), read_text(args.suffix or "", "--suffix")
-            idx, args.max_new_tokens = read_hole(prompt, suffix, enc, window, args.max_new_tokens)
+            idx, new = read_hole(prompt, suffix, enc, window, new)
         if bos is not None and idx[0, 0] != bos:    # in the separator's place where that begins the document
             idx = torch.cat([torch.tensor([[bos]]), idx if args.prompt is not None else idx[:, 1:]], 1)
+        room = model.config.max_position_embeddings - idx.size(1)
+        if window is None and args.max_new_tokens is None and room > 0:
+            new = min(new, room)
+        if window is None:
+            model.check_tokens(idx, idx.size(1) + new)
+        args.max_new_tokens = new
         generator = torch.Generator(device).manual_seed(args.seed)
         for i in range(args.num_samples):
             sample(model, enc, window, stop, prompt, suffix, idx.to(device), args, generator)

@@ -144,6 +144,21 @@ def test_changes_override_the_config(tmp_path, make_model):
     longer = DeepSeekV3.from_pretrained(tmp_path, rope_scaling=YARN, max_position_embeddings=512)
     assert longer.config.rope_scaling == YARN and longer.config.max_position_embeddings == 512
     assert longer.model.layers[0].self_attn.softmax_scale != model.model.layers[0].self_attn.softmax_scale
+    without = DeepSeekV3.from_pretrained(tmp_path, num_nextn_predict_layers=0)
+    assert len(without.model.layers) == 3 and torch.equal(without.lm_head.weight, model.lm_head.weight)
+
+
+def test_float64_makes_the_round_trip(tmp_path, make_model):
+    model = make_model().double()
+    model.save_pretrained(tmp_path)
+    equal(DeepSeekV3.from_pretrained(tmp_path), model)
+
+
+def test_empty_tensors_are_nothing(tmp_path, make_model):
+    """transformers writes them for n_shared_experts 0."""
+    model = make_model(n_shared_experts=0)
+    empty = {f"model.layers.1.mlp.shared_experts.{name}_proj.weight": torch.empty(0, 48) for name in ("gate", "up")}
+    equal(DeepSeekV3.from_pretrained(write(tmp_path, released(model) | empty, config_json(model.config))), model)
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (1, 1), (130, 300), (256, 129), (127, 384)])
@@ -198,7 +213,7 @@ def test_a_hub_id_is_fetched_by_huggingface_hub_and_nothing_else_is(tmp_path, ma
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
     loaded = DeepSeekV3.from_pretrained("owner/model")
     assert asked == ["owner/model"] and torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-    with pytest.raises(ValueError, match="^there is no folder some/typo, .* 404 Client Error. Repository Not Found$"):
+    with pytest.raises(ValueError, match="^there is no folder some/typo, .*404 Client Error. Repository Not Found.*the network"):
         DeepSeekV3.from_pretrained("some/typo")
     (tmp_path / "out").mkdir()
     for path in "cache", "out/run", str(tmp_path / "a" / "b"), "a/b/c", "nothing":       # a path, there or not
@@ -432,7 +447,7 @@ def conf(**changes):
 @pytest.mark.parametrize("damage, words", [
     (drop("model.norm.weight"), ["missing model.norm.weight"]),
     (drop("model.layers.1.mlp.experts.7.up_proj.weight"), ["missing model.layers.1.mlp.experts.7.up_proj.weight"]),
-    (drop(*(f"model.layers.2.mlp.experts.{e}.up_proj.weight" for e in range(9))), ["missing", "and 6 more"]),
+    (drop(*(f"model.layers.2.mlp.experts.{e}.up_proj.weight" for e in range(12))), ["missing", "and 2 more"]),
     (drop("lm_head.weight"), ["missing lm_head.weight"]),
     (drop("model.layers.3.eh_proj.weight"), ["missing model.layers.3.eh_proj.weight"]),
     (put("model.layers.0.self_attn.q_proj.bias", torch.ones(3)), ["unexpected model.layers.0.self_attn.q_proj.bias"]),
@@ -452,6 +467,10 @@ def conf(**changes):
     (conf(num_nextn_predict_layers=2), ["missing model.layers.4"]),
     (conf(num_hidden_layers=2**31 - 1), ["too few for the 2147483647 layers"]),
     (conf(n_routed_experts=2**30, n_group=1, topk_group=1), ["too few"]),
+    (conf(num_hidden_layers=60, n_routed_experts=60), ["too few"]),     # 3 matrices of 60 experts in each of 60 layers
+    (put("evil\n\x1b[31m", torch.ones(1)), [r"unexpected 'evil\n\x1b[31m'"]),
+    (put("x" * 10**5, torch.ones(1)), ["unexpected 'xxx"]),
+    (conf(tie_word_embeddings=True), ["lm_head.weight other than its embedding"]),
     (conf(model_type="llama"), ["model_type='llama'"]),
     (conf(quantization_config={"quant_method": "gptq"}), ["quantization_config", "gptq"]),
     (conf(quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]}), ["weight_block_size"]),
@@ -463,7 +482,41 @@ def test_every_tensor_is_accounted_for(tmp_path, make_model, damage, words):
     write(tmp_path, tensors, raw)
     with pytest.raises(ValueError) as error:
         DeepSeekV3.from_pretrained(tmp_path)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+    assert all(word in str(error.value) for word in words) and str(error.value).isprintable(), error.value
+    assert len(str(error.value)) < 2500
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0])
+def test_scales_that_scale_to_nothing_are_refused(tmp_path, make_model, scale):
+    tensors = released(make_model(), fp8=True)
+    tensors["model.layers.0.self_attn.o_proj.weight_scale_inv"][0, 0] = scale
+    write(tmp_path, tensors, config_json(make_model().config))
+    with pytest.raises(ValueError, match="layers.0.self_attn.o_proj.weight_scale_inv"):
+        DeepSeekV3.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.int8])
+def test_a_dtype_that_is_none_is_named(tmp_path, dtype):
+    with pytest.raises(ValueError, match=str(dtype)):
+        DeepSeekV3.from_pretrained(tmp_path, dtype=dtype)
+
+
+def test_a_save_that_fails_says_so_in_one_sentence(tmp_path, make_model, monkeypatch):
+    def full(*args, **kwargs):
+        raise checkpoint.safetensors().SafetensorError("I/O error: No space left on device (os error 28)")
+    make_model().save_pretrained(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    monkeypatch.setattr(st, "save_file", full)
+    with pytest.raises(OSError, match="model.safetensors can't be written .*No space left"):
+        make_model().save_pretrained(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_saving_leaves_other_files_alone(tmp_path, make_model):
+    (tmp_path / "model_of_mine.safetensors").write_text("mine")
+    (tmp_path / "model-00001-of-00002.safetensors").write_text("of an earlier save")
+    make_model().save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"model_of_mine.safetensors", "model.safetensors", "config.json"}
 
 
 def index(**changes):
@@ -655,6 +708,55 @@ def test_bos_and_eos_as_the_folder_says(exported, capsys):
     (dir / "generation_config.json").write_text(json.dumps({"eos_token_id": 257 + 50}))
     with pytest.raises(SystemExit, match="bos or eos token 307"):
         sample.main(["--ckpt", str(dir)])
+
+
+@pytest.mark.parametrize("file, changes", [
+    ("generation_config.json", {"eos_token_id": {}}), ("generation_config.json", {"eos_token_id": [256, [1]]}),
+    ("generation_config.json", {"bos_token_id": [256]}), ("config.json", {"eos_token_id": "x" * 10**5}),
+])
+def test_odd_ids_end_in_one_sentence(exported, file, changes):
+    _, dir = exported
+    (dir / "tokenizer_config.json").unlink()
+    (dir / file).write_text(json.dumps((json.loads((dir / file).read_text()) if (dir / file).exists() else {}) | changes))
+    with pytest.raises(SystemExit, match="bos or eos token .* is not one of") as error:
+        sample.main(["--ckpt", str(dir)])
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("bos", [{}, ["x"], {"content": ["a"]}, {"content": {}}, 3, None])
+def test_odd_names_of_the_first_token_are_none(exported, bos):
+    _, dir = exported
+    edit(dir / "tokenizer_config.json", add_bos_token=True, bos_token=bos)
+    edit(dir / "config.json", bos_token_id=None)
+    assert sample.load(dir, "cpu")[2] is None
+
+
+def test_the_first_token_of_a_template(exported):
+    """As Llama's tokenizers, and what transformers 5 makes of add_bos_token when it saves."""
+    _, dir = exported
+    settings = json.loads((dir / "tokenizer_config.json").read_text())
+    (dir / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "add_bos_token"}))
+    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+                                                         {"Sequence": {"id": "A", "type_id": 0}}]}
+    for post, bos in ((template, 256), ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}, 256),
+                      ({**template, "single": template["single"][1:]}, None), ({"type": "ByteLevel"}, None), ("?", None)):
+        edit(dir / "tokenizer.json", post_processor=post)
+        assert sample.load(dir, "cpu")[2] == bos
+    edit(dir / "tokenizer.json", post_processor=template)
+    edit(dir / "tokenizer_config.json", add_bos_token=False)
+    assert sample.load(dir, "cpu")[2] is None
+
+
+def test_as_many_tokens_as_there_is_room_for(exported, capsys):
+    """The context of the folder is 128 tokens."""
+    _, dir = exported
+    edit(dir / "config.json", eos_token_id=[])
+    sample.main(["--ckpt", str(dir), "--prompt", "ab"])
+    assert capsys.readouterr().err.startswith("126 tokens")
+    for arguments in (["--prompt", "ab", "--max_new_tokens", "127"], ["--prompt", "a" * 128]):
+        with pytest.raises(SystemExit, match="YaRN"):
+            sample.main(["--ckpt", str(dir), *arguments])
+        assert not capsys.readouterr().out      # not after the prompt
 
 
 def test_a_context_is_extended_in_two_phases(make_config):
