@@ -6,6 +6,7 @@ tokenizer.json of byte-level BPE, such as DeepSeek-V3's. As JSON they travel bes
 
 import base64
 import contextlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import tiktoken
 
 ENDOFTEXT, DEEPSEEK_EOS, KIMI_EOS = "<|endoftext|>", "<｜end▁of▁sentence｜>", "[EOS]"
+SEPARATORS = (ENDOFTEXT, DEEPSEEK_EOS, KIMI_EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")  # the first one known
 DEEPSEEK_BOS, KIMI_BOS = "<｜begin▁of▁sentence｜>", "[BOS]"
 FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # as DeepSeek-V3's tokenizer names them
 BYTES = {bytes([b]): b for b in range(256)}
@@ -61,11 +63,10 @@ def get_tokenizer(name_or_path) -> tiktoken.Encoding:
 
 def separator(enc: tiktoken.Encoding) -> int:
     """Id of the token that stands before each document. Raises ValueError if the tokenizer has none."""
-    for token in (ENDOFTEXT, DEEPSEEK_EOS, KIMI_EOS):
+    for token in SEPARATORS:
         if token in enc._special_tokens:
             return enc._special_tokens[token]
-    raise ValueError(f"tokenizer {enc.name} has none of {ENDOFTEXT}, {DEEPSEEK_EOS} and {KIMI_EOS} to separate "
-                     "documents")
+    raise ValueError(f"tokenizer {enc.name} has none of {', '.join(SEPARATORS)} to separate documents")
 
 
 def fim_ids(enc: tiktoken.Encoding) -> list:
@@ -115,9 +116,11 @@ def build(name: str, pat_str: str, ranks: dict, special_tokens: dict) -> tiktoke
     need(all(type(i) is int and 0 <= i < 1 << 24 for i in ids), "a token id that is no integer below 2**24")
     need(len(set(ids)) == len(ids), "an id that two tokens share")
     need(b"" not in ranks and "" not in special_tokens and isinstance(name, str), "an empty token or name")
+    for token, other in itertools.pairwise(sorted(special_tokens)):  # tiktoken may find either, Hugging Face the longer
+        need(not other.startswith(token), f"special token {other!r}, which begins with another, {token!r},")
     for byte in BYTES:
         need(byte in ranks, f"a vocabulary without a token for the byte {byte!r}")
-    if not {ENDOFTEXT, DEEPSEEK_EOS, KIMI_EOS} & special_tokens.keys():
+    if not special_tokens.keys() & SEPARATORS:
         special_tokens = special_tokens | {ENDOFTEXT: max(ids) + 1}
     enc = tiktoken.Encoding(name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special_tokens)
     need(enc.decode(encode(enc, PROBE)) == PROBE, f"a pattern that loses text ({pat_str[:60]!r})")
@@ -154,8 +157,15 @@ def from_kimi(path: Path) -> tiktoken.Encoding:
     """A tiktoken.model, with the special tokens that tokenizer_config.json beside it lists, ids kept."""
     spec = json.loads((path.parent / "tokenizer_config.json").read_text("utf-8"))
     need(spec.get("tokenizer_class") == "TikTokenTokenizer", f"tokenizer_class {spec.get('tokenizer_class')!r}")
-    special = {token["content"]: int(i) for i, token in spec["added_tokens_decoder"].items()}
+    special = {added(token): int(i) for i, token in spec["added_tokens_decoder"].items()}
     return from_tiktoken_file(path, KIMI_PATTERN, special)
+
+
+def added(token: dict) -> str:
+    """The text of an entry of Hugging Face's added tokens."""
+    for option in ("lstrip", "rstrip", "single_word"):  # they take spaces beside it away, or ask what stands there
+        need(not token.get(option), f"added token {token['content']!r} with {option}")
+    return token["content"]
 
 
 def from_tiktoken_file(path: Path, pat_str: str = GPT2_PATTERN, special_tokens: dict = {}) -> tiktoken.Encoding:
@@ -232,7 +242,7 @@ def from_tokenizer_json(path: Path) -> tiktoken.Encoding:
         need(all(c in alphabet for c in token), f"token {token!r} (not byte-level)")
         return bytes(alphabet[c] for c in token)
 
-    special = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+    special = {added(token): token["id"] for token in spec.get("added_tokens") or []}
     for token in special.keys() & model["vocab"].keys():
         need(special[token] == model["vocab"][token], f"added token {token!r} with two ids")
     ranks = {raw(token): i for token, i in model["vocab"].items() if token not in special}

@@ -432,6 +432,9 @@ VOCAB = bpe_json()["model"]["vocab"]
     ({"model__vocab": VOCAB | {"zz": 300}}, "b'zz'.*build up"),
     ({"model__vocab": {t: i for t, i in VOCAB.items() if t != "q"}}, "the byte b'q'"),
     ({"added_tokens": [{"content": "abc", "id": 5}]}, "two ids"),
+    ({"added_tokens": [{"content": "<x>", "id": 900, "lstrip": True}]}, "'<x>' with lstrip"),
+    ({"added_tokens": [{"content": "<x>", "id": 900, "single_word": True}]}, "'<x>' with single_word"),
+    ({"added_tokens": [{"content": "<x>", "id": 900}, {"content": "<x>y", "id": 901}]}, "'<x>y', which begins with"),
     ({"added_tokens": [{"content": "<x>", "id": 5}]}, "two tokens share"),
 ])
 def test_unsupported_tokenizer_json_is_refused_by_name(tmp_path, changes, match):
