@@ -467,7 +467,7 @@ def conf(**changes):
     (conf(num_nextn_predict_layers=2), ["missing model.layers.4"]),
     (conf(num_hidden_layers=2**31 - 1), ["too few for the 2147483647 layers"]),
     (conf(n_routed_experts=2**30, n_group=1, topk_group=1), ["too few"]),
-    (conf(num_hidden_layers=60, n_routed_experts=60), ["too few"]),     # 3 matrices of 60 experts in each of 60 layers
+    (conf(num_hidden_layers=60, n_routed_experts=40), ["too few"]),     # 3 matrices of 40 experts in each of 60 layers
     (put("evil\n\x1b[31m", torch.ones(1)), [r"unexpected 'evil\n\x1b[31m'"]),
     (put("x" * 10**5, torch.ones(1)), ["unexpected 'xxx"]),
     (conf(tie_word_embeddings=True), ["lm_head.weight other than its embedding"]),
