@@ -286,13 +286,14 @@ class MLA(nn.Module):
         q_r, k_r = rotate(torch.cat([q_r, k_r[:, :, None]], 2), cos, sin).split([self.H, 1], 2)     # Eq. 8, 3
         if cache is not None:
             cache[:, pos:pos + T] = torch.cat([c_kv, k_r[:, :, 0]], -1)
-        if pos > 0 and T > 1:
-            mask = torch.ones(T, pos + T, dtype=torch.bool, device=x.device).tril(pos)
-        if pos > 0 and T < 128:     # for more queries than that, expanding the cache pays
-            o = self.attend_absorbed(q_c, q_r, cache[:, :pos + T], mask)
+        if pos > 0 and T <= 16:     # decoding. Several tokens are drafts to verify: each attends as it would alone, so that
+            # its numbers are those of plain decoding, in bfloat16 too, and no mask grows with the context
+            o = torch.cat([self.attend_absorbed(q_c[:, t:t + 1], q_r[:, t:t + 1], cache[:, :pos + t + 1])
+                           for t in range(T)], 1)
         else:
-            if pos > 0:     # a later chunk of a long prompt
+            if pos > 0:             # a later chunk of a long prompt: for many queries, expanding the cache pays
                 c_kv, k_r = cache[:, :pos + T, None].split([self.d_c, self.d_rope], -1)
+                mask = torch.ones(T, pos + T, dtype=torch.bool, device=x.device).tril(pos)
             o = self.attend_naive(q_c, q_r, c_kv, k_r, mask)
         return self.o_proj(o.flatten(2))                                                    # Eq. 11
 
@@ -309,29 +310,26 @@ class MLA(nn.Module):
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)
         return o[..., :self.d_v].transpose(1, 2)                                            # Eq. 10; (B, T, H, d_v)
 
-    def attend_absorbed(self, q_c, q_r, cache, mask=None):
-        """The same, without expanding a single key or value.
+    def attend_absorbed(self, q_c, q_r, cache):
+        """The same for one query, which sees all of the cache, without expanding a single key or value.
 
         q_c · (W^UK c_kv) = (W^UK^T q_c) · c_kv, so the latent itself is key and value of all heads (multi-query
-        attention), and W^UV follows the weighted sum. q_c, q_r: (B, T, H, ·); cache: (B, S, d_c + d_rope); mask:
-        (T, S) bool (default: every query sees all of the cache). Returns (B, T, H, d_v).
+        attention), and W^UV follows the weighted sum. q_c, q_r: (B, 1, H, ·); cache: (B, S, d_c + d_rope). Returns
+        (B, 1, H, d_v).
         """
-        B, T, H, _ = q_c.shape
+        B, _, H, _ = q_c.shape
         w = self.kv_b_proj.weight.view(H, self.d_nope + self.d_v, self.d_c).type_as(q_c)
         w_uk, w_uv = w.split([self.d_nope, self.d_v], 1)                                    # (H, ·, d_c)
-        q_c = torch.bmm(q_c.flatten(0, 1).transpose(0, 1), w_uk).transpose(0, 1)           # (B*T, H, d_c)
-        # All heads of all tokens are queries to the one latent "head". A CPU's cores share them out by groups; a GPU
-        # does not want more than one, for which it would copy the cache
+        q_c = torch.bmm(q_c[:, 0].transpose(0, 1), w_uk).transpose(0, 1)                    # (B, H, d_c)
+        # The heads are queries to the one latent "head". A CPU's cores share them out by groups; a GPU does not want
+        # more than one, for which it would copy the cache
         G = math.gcd(H, self.cores) if q_c.device.type == "cpu" else 1
-        q = torch.cat([q_c.view(B, T, H, -1), q_r], -1).view(B, G, T * (H // G), -1)        # (B, G, ·, d_c + d_rope)
+        q = torch.cat([q_c, q_r[:, 0]], -1).view(B, G, H // G, -1)                          # (B, G, H/G, d_c + d_rope)
         kv = cache[:, None].type_as(q)                                                      # (B, 1, S, d_c + d_rope)
-        if mask is not None:
-            mask = mask.repeat_interleave(H, 0).view(G, T * (H // G), -1)
         # k_r rides along as part of the "value", so that key and value are one tensor, and is cut off
-        o = F.scaled_dot_product_attention(q, kv, kv, attn_mask=mask, scale=self.softmax_scale,
-                                           enable_gqa=G > 1)[..., :self.d_c]                # (B, G, ·, d_c)
-        o = torch.bmm(o.reshape(B * T, H, -1).transpose(0, 1), w_uv.mT)                     # (H, B*T, d_v)
-        return o.transpose(0, 1).view(B, T, H, -1)                                          # (B, T, H, d_v)
+        o = F.scaled_dot_product_attention(q, kv, kv, scale=self.softmax_scale, enable_gqa=G > 1)[..., :self.d_c]
+        o = torch.bmm(o.reshape(B, H, -1).transpose(0, 1), w_uv.mT)                         # (H, B, d_v)
+        return o.transpose(0, 1)[:, None]                                                   # (B, 1, H, d_v)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import model as model_module
 from model import MLA, rope_cos_sin, rope_inv_freq, rotate, yarn_mscale
@@ -125,7 +126,7 @@ def test_any_split_into_prefill_and_decode_gives_the_same_logits(make_model, cha
 
 
 def test_later_chunks_of_a_long_prompt_see_the_earlier_ones(make_model, monkeypatch):
-    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 140)     # long enough for a chunk to expand the whole cache
+    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 140)
     model = make_model(max_position_embeddings=512, initializer_range=0.1)
     idx = torch.randint(0, 61, (2, 300))
     monkeypatch.setattr(MLA, "attend_absorbed", lambda *_: pytest.fail("absorbed attention is for few queries"))
@@ -145,6 +146,29 @@ def test_decoding_never_expands_the_cache(make_model, monkeypatch):
         monkeypatch.setattr(layer.self_attn, "attend_naive", None)
         layer.self_attn.kv_b_proj.register_forward_pre_hook(lambda *_: pytest.fail("kv_b_proj ran over the cache"))
     model.decode(torch.randint(0, 61, (1, 1)), cache, 12)
+
+
+def test_drafts_to_verify_attend_as_they_would_alone(make_model, monkeypatch):
+    """Else bfloat16 rounds otherwise, and speculation changes greedy text wherever two tokens are nearly as likely."""
+    model = make_model().bfloat16()
+    idx = torch.randint(0, 61, (2, 13))
+    cache = model.new_cache(2, 13)
+    model.decode(idx[:, :10], cache, 0)
+    attend, calls = F.scaled_dot_product_attention, []
+
+    def recording(q, k, v, attn_mask=None, **kwargs):
+        calls.append((q.shape, k.shape, attn_mask))
+        return attend(q, k, v, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recording)
+    for t in (10, 11, 12):
+        model.decode(idx[:, t:t + 1], cache, t)
+    alone = calls.copy()
+    calls.clear()
+    model.decode(idx[:, 10:], cache, 10)
+    layers = model.config.num_hidden_layers
+    assert len(calls) == 3 * layers
+    assert [calls[layer * 3 + t] for t in range(3) for layer in range(layers)] == alone
 
 
 def test_cache_holds_the_latents_and_nothing_per_head(make_model):
