@@ -22,15 +22,15 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_checkpoint, load_run, load_shards, read_json, released_folder
-from data.tokenizer import encode, encoding_from_json, fim_ids, get_tokenizer, separator
+from data.tokenizer import encode, encoding_from_json, fim_ids, get_tokenizer, separator, token_bytes
 from model import DeepSeekV3, DeepSeekV3Config
 
 
 def load(path, device, ema=False):
     """A run's folder, its ckpt.pt, or a released checkpoint's folder or id on the Hugging Face Hub -> model in eval mode
-    on the device (bfloat16 on a GPU), tiktoken.Encoding, the token to put before prompts (or None), the set of tokens to
-    stop at, and the number of tokens that the model was trained to see at a time (None: what its config allows). ema: the
-    average of the run's weights."""
+    on the device (bfloat16 on a GPU), tiktoken.Encoding, the token that begins a document, whether prompts begin with it
+    too, the set of tokens to stop at, and the number of tokens that the model was trained to see at a time (None: what its
+    config allows). ema: the average of the run's weights."""
     path = released_folder(path)
     if (path / "config.json").is_file() and not (path / "ckpt.pt").is_file():
         if ema:
@@ -56,7 +56,7 @@ def load(path, device, ema=False):
     enc, block_size = encoding_from_json(ckpt["encoding"]), ckpt["train_config"].get("block_size")
     if type(block_size) is not int:
         raise ValueError(f"{path} has the block_size {block_size!r}, which is no number")
-    return model.eval(), enc, None, {separator(enc)}, max(block_size, 2)
+    return model.eval(), enc, separator(enc), False, {separator(enc)}, max(block_size, 2)
 
 
 def load_released(path, device):
@@ -67,23 +67,33 @@ def load_released(path, device):
         if (path / name).is_file():
             settings |= {k: v for k, v in read_json(path / name).items() if v is not None}
     tokenizer = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
-    stop = settings.get("eos_token_id", separator(enc))
+    bos, eos = (special_token(enc, tokenizer.get(name)) for name in ("bos_token", "eos_token"))
+    stop = settings.get("eos_token_id", separator(enc) if eos is None else eos)
     stop = stop if isinstance(stop, list) else [stop]
-    bos, template = tokenizer.get("bos_token"), template_bos(path)
-    adds_bos = tokenizer.get("add_bos_token", template is not None) is True
-    bos = template or (bos.get("content") if isinstance(bos, dict) else bos)
-    bos = enc._special_tokens[bos] if isinstance(bos, str) and bos in enc._special_tokens else settings.get("bos_token_id")
+    template, adds_bos = template_bos(path), tokenizer.get("add_bos_token")
+    if template is not None:
+        bos, adds_bos = special_token(enc, template), adds_bos is None or adds_bos
+    if bos is None:
+        bos = settings.get("bos_token_id")
     for token in stop + ([] if bos is None else [bos]):
         if type(token) is not int or not 0 <= token < enc.n_vocab:
             raise ValueError(f"{path}: bos or eos token {repr(token)[:100]} is not one of the tokenizer's {enc.n_vocab} ids; "
                              "correct config.json, generation_config.json or tokenizer_config.json")
+    prepend = adds_bos is True and bos is not None
+    begin = bos if prepend else stop[0] if stop else separator(enc)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if device == "cuda" and settings.get("quantization_config"):
         from fp8 import kernels_missing
         if kernels_missing(torch.device(device)) is None:
             dtype = torch.float8_e4m3fn
     model = DeepSeekV3.from_pretrained(path, dtype, device)
-    return model, enc, bos if adds_bos else None, set(stop), None
+    return model, enc, begin, prepend, set(stop), None
+
+
+def special_token(enc, token):
+    """The id of a special token that tokenizer_config.json names, as text or as {"content": text}; None if there is none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return enc._special_tokens.get(text) if isinstance(text, str) else None
 
 
 def template_bos(path):
@@ -132,20 +142,21 @@ def read_text(prompt, flag="--prompt"):
     return prompt
 
 
-def read_prompt(prompt, enc):
+def read_prompt(prompt, enc, begin, prepend):
     """--prompt -> its text and its tokens, (1, T) int64; None begins a document."""
     if prompt is None:
-        return "", torch.tensor([[separator(enc)]])
+        return "", torch.tensor([[begin]])
     prompt = read_text(prompt)
     if not prompt:
         raise ValueError("the prompt is empty; leave --prompt out to begin a new document")
-    return prompt, torch.tensor([enc.encode(prompt, allowed_special="all")])
+    tokens = enc.encode(prompt, allowed_special="all")
+    return prompt, torch.tensor([[begin] * (prepend and tokens[0] != begin) + tokens])
 
 
-def read_hole(prefix, suffix, enc, window, max_new_tokens):
+def read_hole(prefix, suffix, enc, begin, window, max_new_tokens):
     """--prefix, --suffix -> the tokens that ask for the middle, (1, T) int64, and how many new ones have room."""
-    begin, hole, end = fim_ids(enc)
-    idx = torch.tensor([[separator(enc), begin, *encode(enc, prefix), hole, *encode(enc, suffix), end]])
+    fim_begin, hole, end = fim_ids(enc)
+    idx = torch.tensor([[begin, fim_begin, *encode(enc, prefix), hole, *encode(enc, suffix), end]])
     if window is not None and idx.size(1) >= window:
         raise ValueError(f"--prefix and --suffix make {idx.size(1)} tokens, which leave no room for a middle in the "
                          f"{window} that the model was trained to see; shorten them")
@@ -179,17 +190,15 @@ def main(argv=None):
         if args.prompt is not None and (args.prefix is not None or args.suffix is not None):
             raise ValueError("--prompt is text to continue, --prefix and --suffix surround a hole; give one or the other")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, enc, bos, stop, window = load(args.ckpt, device, args.ema)
+        model, enc, begin, prepend, stop, window = load(args.ckpt, device, args.ema)
         if args.compile:
             compile_steps(model)
         suffix, new = "", 500 if args.max_new_tokens is None else args.max_new_tokens
         if args.prefix is None and args.suffix is None:
-            prompt, idx = read_prompt(args.prompt, enc)
+            prompt, idx = read_prompt(args.prompt, enc, begin, prepend)
         else:
             prompt, suffix = read_text(args.prefix or "", "--prefix"), read_text(args.suffix or "", "--suffix")
-            idx, new = read_hole(prompt, suffix, enc, window, new)
-        if bos is not None and idx[0, 0] != bos:    # in the separator's place where that begins the document
-            idx = torch.cat([torch.tensor([[bos]]), idx if args.prompt is not None else idx[:, 1:]], 1)
+            idx, new = read_hole(prompt, suffix, enc, begin, window, new)
         room = model.config.max_position_embeddings - idx.size(1)
         if window is None and args.max_new_tokens is None and room > 0:
             new = min(new, room)
@@ -226,8 +235,8 @@ def sample(model, enc, window, stop, prompt, suffix, idx, args, generator):
     stats, count, start = {}, 0, time.monotonic()
     print("-" * 80 + "\n" + prompt, end="", flush=True)
     for count, token in enumerate(continuation(model, idx, window, stop, args, generator, stats), 1):
-        if token not in stop and token < enc.n_vocab:       # the model's vocabulary may be padded beyond the tokenizer's
-            print(decoder.decode(enc.decode_single_token_bytes(token)), end="", flush=True)
+        if token not in stop:
+            print(decoder.decode(token_bytes(enc, token)), end="", flush=True)
     print(decoder.decode(b"", final=True) + suffix, flush=True)
     seconds = time.monotonic() - start
     line = f"{count} tokens, {count / seconds:.0f} tokens/s"

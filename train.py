@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import (keep_best, load_run, load_shards, read_config, released_folder, save_run, save_shards,
                         set_aside, sole_process, write_atomically, writing)
 from data.loader import Validation, open_data
-from data.tokenizer import encoding_from_json, encoding_to_json, get_tokenizer
+from data.tokenizer import encoding_from_json, get_tokenizer, same_ids, token_bytes
 from model import MTP, DeepSeekV3, DeepSeekV3Config, Gate
 
 
@@ -513,8 +513,8 @@ def short_sample(model, separator, encoding, cfg):
     start = torch.tensor([[separator]], device=dice.device)
     tokens = model.generate(start, min(64, cfg.block_size - 1), 0.8, speculative=False, stop=[separator], generator=dice)
     enc = encoding_from_json(encoding)
-    text = [enc.decode_single_token_bytes(t) for t in tokens[0, 1:].tolist() if t < enc.n_vocab and t != separator]
-    return b"".join(text).decode("utf-8", "replace")
+    text = b"".join(token_bytes(enc, token) for token in tokens[0, 1:].tolist() if token != separator)
+    return text.decode("utf-8", "replace")
 
 
 def logged(path, step):
@@ -568,7 +568,7 @@ def run(given, rank, world):
     device, dtype = pick_device(cfg)
     meta, encoding, data = open_data(cfg, config, ckpt is not None or "vocab_size" in given or bool(cfg.init_from),
                                      rank)
-    if cfg.init_from and not ckpt and encoding != encoding_to_json(get_tokenizer(cfg.init_from)):
+    if cfg.init_from and not ckpt and not same_ids(encoding_from_json(encoding), get_tokenizer(cfg.init_from)):
         raise ValueError(f"the data in {cfg.data_dir} were not prepared with the tokenizer of {cfg.init_from}; "
                          f"prepare them with: python data/prepare.py --tokenizer {cfg.init_from} --out_dir DIR")
     out_dir = Path(cfg.out_dir)

@@ -92,6 +92,19 @@ def token_lengths(enc: tiktoken.Encoding) -> np.ndarray:
     return lengths
 
 
+def token_bytes(enc: tiktoken.Encoding, token: int) -> bytes:
+    """The text of a token id; of an id that no token has, of which a model's vocabulary may hold some, none."""
+    try:
+        return enc.decode_single_token_bytes(token)
+    except KeyError:
+        return b""
+
+
+def same_ids(a: tiktoken.Encoding, b: tiktoken.Encoding) -> bool:
+    """Whether each id stands for the same token in both, whatever their files and their patterns."""
+    return a._mergeable_ranks == b._mergeable_ranks and a._special_tokens == b._special_tokens
+
+
 def encoding_to_json(enc: tiktoken.Encoding) -> str:
     """All of a tokenizer in an ASCII string, which travels inside checkpoints."""
     ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
@@ -150,14 +163,17 @@ def blame(origin):
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"malformed: {error!r}"
-        raise ValueError(f"{origin}: {' '.join(reason.split())}") from error
+        raise ValueError(f"{origin}: {' '.join(reason.split())[:400]}") from error
 
 
 def from_kimi(path: Path) -> tiktoken.Encoding:
     """A tiktoken.model, with the special tokens that tokenizer_config.json beside it lists, ids kept."""
-    spec = json.loads((path.parent / "tokenizer_config.json").read_text("utf-8"))
-    need(spec.get("tokenizer_class") == "TikTokenTokenizer", f"tokenizer_class {spec.get('tokenizer_class')!r}")
-    special = {added(token): int(i) for i, token in spec["added_tokens_decoder"].items()}
+    config = path.parent / "tokenizer_config.json"
+    with blame(config):
+        spec = json.loads(config.read_text("utf-8"))
+        need(spec.get("tokenizer_class") == "TikTokenTokenizer", f"tokenizer_class {spec.get('tokenizer_class')!r}")
+        special = {added(token): int(i) for i, token in spec["added_tokens_decoder"].items()}
+        need(len(special) == len(spec["added_tokens_decoder"]), "an added token with two ids")
     return from_tiktoken_file(path, KIMI_PATTERN, special)
 
 
@@ -242,16 +258,20 @@ def from_tokenizer_json(path: Path) -> tiktoken.Encoding:
         need(all(c in alphabet for c in token), f"token {token!r} (not byte-level)")
         return bytes(alphabet[c] for c in token)
 
-    special = {added(token): token["id"] for token in spec.get("added_tokens") or []}
-    for token in special.keys() & model["vocab"].keys():
-        need(special[token] == model["vocab"][token], f"added token {token!r} with two ids")
+    special = {}
+    for token in spec.get("added_tokens") or []:
+        text, free = added(token), max(len(model["vocab"]), 1 + max(special.values(), default=0))
+        theirs = model["vocab"].get(text, special.get(text, free))
+        need(token["id"] == theirs, f"added token {text!r} with the id {token['id']}, for which Hugging Face takes {theirs},")
+        special[text] = theirs
     ranks = {raw(token): i for token, i in model["vocab"].items() if token not in special}
 
     # tiktoken knows no merges: it joins the pair that makes the lowest id. That is the same thing if the ids grow in
     # the order of the merges, and each token, built up from its bytes, is at last made by a pair that is a merge.
     merges = [tuple(map(raw, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
-    made = [ranks.get(token) for token in dict.fromkeys(a + b for a, b in merges)]
-    need(None not in made, "a merge that makes no token")
+    need(all(len(pair) == 2 for pair in merges), "a merge that is no pair")
+    made = [ranks.get(a + b) for a, b in merges]
+    need(None not in made, "a merge that makes no token, or an added one,")
     need(made == sorted(made), "a merge order that differs from the order of the ids")
     merges = set(merges)
     for token, rank in ranks.items():
@@ -277,6 +297,10 @@ PATTERN = re.compile(r"(?P<syntax>\((?:\?(?:i?:|>|<?[=!])|(?!\?))|[)|?*+]|\{\d+(
                      r"|[^()|?*+{}\[\]\\^$])", re.S)
 
 
+# How a pattern ends that one_pattern has made, and encoding_to_tokenizer_json written: it needs neither check nor gaps
+OWN_PATTERN = re.compile(r".*\|\(\?:\(\?!.*\)\[\\s\\S&&.*\]\)\+", re.S)
+
+
 def one_pattern(pre_tokenizer: dict) -> str:
     """The single pattern that cuts text like a pre_tokenizer of splits in sequence. ValueError if we know none.
 
@@ -286,7 +310,9 @@ def one_pattern(pre_tokenizer: dict) -> str:
     repeated per class, each of its atoms narrowed to the class: [atom&&class] fails beyond it, as at the end of text.
     """
     need(isinstance(pre_tokenizer, dict), f"pre_tokenizer {pre_tokenizer}")
-    *steps, end = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    need(steps, "an empty pre_tokenizer")
+    *steps, end = steps
     need(end["type"] == "ByteLevel", f"a pre_tokenizer that ends in {end['type']}, not ByteLevel,")
     need(not end.get("add_prefix_space", True), "add_prefix_space")
     patterns, keeps_gaps = [], True  # Isolated keeps what lies between matches; Removed, inverted, drops it
@@ -300,6 +326,8 @@ def one_pattern(pre_tokenizer: dict) -> str:
     if end.get("use_regex", True):
         patterns.append(GPT2_PATTERN)
     need(patterns, "ByteLevel with neither use_regex nor a Split before it")
+    if len(patterns) == 1 and OWN_PATTERN.fullmatch(patterns[0]):
+        return patterns[0]
 
     parsed = []  # each pattern as [(syntax, None) or (None, atom), ...]
     for pattern in patterns:

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model import DeepSeekV3, DeepSeekV3Config  # noqa: E402
-from sample import compile_steps, continuation, load, read_prompt  # noqa: E402
+from sample import compile_steps, continuation, load  # noqa: E402
 
 BENCH = dict(vocab_size=512, hidden_size=256, num_hidden_layers=6, first_k_dense_replace=1, num_attention_heads=8,
              q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
@@ -130,7 +130,8 @@ def compare(compile):
 
 def speculation(ckpt, compile):
     """Tokens per second of greedy and sampled text, plain and speculative in turns, on a trained model."""
-    model, enc, _, _, window = load(ckpt, "cpu")
+    model, enc, *_, window = load(ckpt, "cpu")
+    prompt = torch.tensor([enc.encode_ordinary("import os\n\n\ndef ")])
     if compile:
         compile_steps(model)
     print(f"{'temperature':>11}{'plain tok/s':>13}{'speculative':>13}{'ratio':>7}{'accepted':>10}{'tokens/forward':>16}"
@@ -142,7 +143,6 @@ def speculation(ckpt, compile):
                 args = argparse.Namespace(max_new_tokens=200, temperature=temperature, top_k=None, top_p=None,
                                           speculative=speculative)
                 stats, start = {}, time.perf_counter()
-                prompt = read_prompt("import os\n\n\ndef ", enc)[1]
                 generator = torch.Generator().manual_seed(repeat)
                 n = sum(1 for _ in continuation(model, prompt, window, (), args, generator, stats))
                 if repeat:

@@ -1,5 +1,6 @@
 """Checkpoints in the released format: written here by hand or by Hugging Face transformers, read, written, refused."""
 
+import base64
 import dataclasses
 import json
 import math
@@ -21,7 +22,7 @@ import train
 from checkpoint import load_checkpoint
 from data.prepare import prepare
 from data.tokenizer import (BYTES, DEEPSEEK_EOS, KIMI_PATTERN, build, encode, encoding_to_tokenizer_json, get_tokenizer,
-                            tokenizer_files)
+                            token_bytes, tokenizer_files)
 from fp8 import quantize_reference, weight_dequant
 from model import MLA, DeepSeekV3
 
@@ -616,7 +617,6 @@ CL100K = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[
 
 
 def kimi(dir, **changes):
-    import base64
     ranks = toy_ranks()
     (dir / "tiktoken.model").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in ranks.items()))
     n = len(ranks)
@@ -661,6 +661,8 @@ def test_kimi_tokenizer(tmp_path):
     (lambda d: (d / "vocab.txt").write_text("[UNK]"), "vocab.txt is not supported"),
     (lambda d: (d / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram"}})), "Unigram"),
     (lambda d: kimi(d, added_tokens_decoder={"5": {"content": "[BOS]"}}), "an id that two tokens share"),
+    (lambda d: kimi(d, added_tokens_decoder={i: {"content": "[EOS]"} for i in ("900", "901")}), "config.json: .* two ids"),
+    (lambda d: (kimi(d), (d / "tokenizer_config.json").write_text("{")), "tokenizer_config.json: "),
 ])
 def test_unsupported_tokenizer_is_refused_by_name(tmp_path, damage, words):
     damage(tmp_path)
@@ -684,11 +686,11 @@ def edit(path, **changes):
 def test_sample_from_a_released_checkpoint(exported, capsys):
     model, dir = exported
     want = model.generate(torch.tensor([list(b"ab")]), 12, temperature=0, stop=[256])[0, 2:].tolist()
-    loaded, enc, bos, stop, window = sample.load(dir, "cpu")
+    loaded, enc, begin, prepend, stop, window = sample.load(dir, "cpu")
     equal(loaded, model)
     config = json.loads((dir / "config.json").read_text())      # what vLLM and others stop at
     assert config["bos_token_id"] == config["eos_token_id"] == 256 and stop == {256}
-    assert (bos, stop) == (None, {256}) and encode(enc, "ab") == [97, 98]
+    assert (begin, prepend) == (256, False) and encode(enc, "ab") == [97, 98]
     sample.main(["--ckpt", str(dir), "--prompt", "ab", "--max_new_tokens", "12", "--temperature", "0"])
     text = capsys.readouterr().out.split("\n", 1)[1]
     shown = bytes(t for t in want if t < 256).decode("utf-8", "replace")
@@ -701,7 +703,7 @@ def test_bos_and_eos_as_the_folder_says(exported, capsys):
     first = model.generate(torch.tensor([[256, *b"ab"]]), 3, temperature=0, stop=[])[0, 3:].tolist()
     edit(dir / "config.json", eos_token_id=[first[1], 256])
     (dir / "generation_config.json").write_text("{}")
-    assert sample.load(dir, "cpu")[2:] == (256, {first[1], 256}, None)
+    assert sample.load(dir, "cpu")[2:] == (256, True, {first[1], 256}, None)
     sample.main(["--ckpt", str(dir), "--prompt", "ab", "--max_new_tokens", "12", "--temperature", "0"])
     out = capsys.readouterr()
     assert out.err.startswith("2 tokens") and out.out.endswith(bytes(t for t in first[:1] if t < 256).decode(errors="replace") + "\n")
@@ -728,7 +730,7 @@ def test_odd_names_of_the_first_token_are_none(exported, bos):
     _, dir = exported
     edit(dir / "tokenizer_config.json", add_bos_token=True, bos_token=bos)
     edit(dir / "config.json", bos_token_id=None)
-    assert sample.load(dir, "cpu")[2] is None
+    assert sample.load(dir, "cpu")[2:4] == (256, False)     # the end of a document begins the next
 
 
 def test_the_first_token_of_a_template(exported):
@@ -741,10 +743,36 @@ def test_the_first_token_of_a_template(exported):
     for post, bos in ((template, 256), ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}, 256),
                       ({**template, "single": template["single"][1:]}, None), ({"type": "ByteLevel"}, None), ("?", None)):
         edit(dir / "tokenizer.json", post_processor=post)
-        assert sample.load(dir, "cpu")[2] == bos
+        assert sample.load(dir, "cpu")[2:4] == (256, bos is not None)
     edit(dir / "tokenizer.json", post_processor=template)
-    edit(dir / "tokenizer_config.json", add_bos_token=False)
-    assert sample.load(dir, "cpu")[2] is None
+    for adds, prepend in ((None, True), (False, False)):        # None: what the template says
+        edit(dir / "tokenizer_config.json", add_bos_token=adds)
+        assert sample.load(dir, "cpu")[3] == prepend
+
+
+@pytest.mark.parametrize("eos", ["<|return|>", {"content": "<|return|>"}])
+def test_the_end_of_a_document_by_its_name(tmp_path, make_model, eos):
+    """A name that we don't know, in tokenizer_config.json only; it begins documents too, where no bos does."""
+    bytes_tokenizer = get_tokenizer("bytes")
+    make_model(vocab_size=258).save_pretrained(tmp_path, build("x", bytes_tokenizer._pat_str, BYTES, {"<|endoftext|>": 256,
+                                                                                                      "<|return|>": 257}))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token_id"}))
+    edit(tmp_path / "tokenizer_config.json", eos_token=eos)
+    assert sample.load(tmp_path, "cpu")[2:5] == (257, False, {257})
+    edit(tmp_path / "config.json", eos_token_id=[5, 257])       # ids come before names
+    assert sample.load(tmp_path, "cpu")[2:5] == (5, False, {5, 257})
+
+
+def test_ids_without_a_token_are_sampled_as_nothing(tmp_path, make_model, capsys):
+    """Kimi's special tokens leave holes between their ids, and a vocabulary may be padded beyond them."""
+    make_model(vocab_size=900).save_pretrained(tmp_path)
+    tokens = kimi(tmp_path)
+    enc = get_tokenizer(tmp_path)
+    assert max(tokens) - min(tokens) > 3 and token_bytes(enc, max(tokens) - 1) == token_bytes(enc, 899) == b""
+    assert token_bytes(enc, min(tokens)) == b"[BOS]" and token_bytes(enc, 97) == b"a"
+    sample.main(["--ckpt", str(tmp_path), "--prompt", "a", "--temperature", "100"])
+    assert capsys.readouterr().out.split("\n", 1)[1].startswith("a")
 
 
 def test_as_many_tokens_as_there_is_room_for(exported, capsys):
@@ -779,8 +807,9 @@ def test_fine_tuning(exported, tmp_path, capsys, monkeypatch):
     model, dir = exported
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 400)
-    prepare(tmp_path / "data", input=text, tokenizer=dir)
-    prepare(tmp_path / "other", input=text, tokenizer="bytes")
+    prepare(tmp_path / "data", input=text, tokenizer="bytes")      # the folder's, which were exported under another name
+    (tmp_path / "th.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate([*BYTES, b"th"])))
+    prepare(tmp_path / "other", input=text, tokenizer=tmp_path / "th.tiktoken")
     args = ["--init_from", str(dir), "--data_dir", str(tmp_path / "data"), "--out_dir", str(tmp_path / "out"),
             "--batch_size", "2", "--max_iters", "2", "--learning_rate", "1e-4", "--device", "cpu", "--block_size"]
     train.main([*args, "256", "--mtp_loss_weight", "0.1"])

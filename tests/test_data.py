@@ -16,8 +16,8 @@ import tiktoken
 
 import data.prepare as prep
 from data.prepare import prepare
-from data.tokenizer import (BYTES, DEEPSEEK_EOS, FIM, encoding_from_json, encoding_to_json, fim_ids, get_tokenizer,
-                            separator, token_lengths, with_fim)
+from data.tokenizer import (BYTES, DEEPSEEK_EOS, FIM, encoding_from_json, encoding_to_json, encoding_to_tokenizer_json,
+                            fim_ids, get_tokenizer, same_ids, separator, token_lengths, with_fim)
 
 SEP = 256  # <|endoftext|> of the bytes tokenizer
 SCRIPT = Path(prep.__file__)
@@ -324,7 +324,8 @@ def test_bytes_tokenizer_is_the_bytes():
 @pytest.mark.parametrize("special", [{}, {"<|endoftext|>": 300}, {DEEPSEEK_EOS: 258, "<x>": 400}])
 def test_encoding_json_roundtrip_is_exact(tmp_path, special):
     added = [{"content": token, "id": i} for token, i in special.items()]
-    for enc in get_tokenizer("bytes"), get_tokenizer(save(tmp_path / "t.json", bpe_json(added_tokens=added))):
+    spec = bpe_json(added_tokens=added, model__vocab=bpe_json()["model"]["vocab"] | special)
+    for enc in get_tokenizer("bytes"), get_tokenizer(save(tmp_path / "t.json", spec)):
         again = encoding_from_json(encoding_to_json(enc))
         for field in ("name", "_pat_str", "_special_tokens", "_mergeable_ranks", "n_vocab"):
             assert getattr(again, field) == getattr(enc, field)
@@ -397,6 +398,10 @@ def test_tokenizer_json_parity_with_tokenizers(tmp_path, pre_tokenizer):
     runs = [" " * 3000 + "1", "中" * 3000, "9" * 3001, "\u200b" * 3000, "\r\n" * 1000, "e" + "\u0301" * 3000]
     for text in nasty + runs:
         assert ours.encode_ordinary(text) == theirs.encode(text, add_special_tokens=False).ids, ascii(text)
+    again = get_tokenizer(save(tmp_path / "again.json", encoding_to_tokenizer_json(ours)))      # an exported one
+    assert same_ids(again, ours) and all(again.encode_ordinary(t) == ours.encode_ordinary(t) for t in nasty + runs)
+    third = get_tokenizer(save(tmp_path / "third.json", encoding_to_tokenizer_json(again)))     # doesn't grow
+    assert third._pat_str == again._pat_str
 
 
 def test_folder_of_a_tokenizer_and_merges_as_lists(tmp_path):
@@ -431,17 +436,22 @@ VOCAB = bpe_json()["model"]["vocab"]
     ({"model__vocab": VOCAB | {"中": 300}}, "not byte-level"),
     ({"model__vocab": VOCAB | {"zz": 300}}, "b'zz'.*build up"),
     ({"model__vocab": {t: i for t, i in VOCAB.items() if t != "q"}}, "the byte b'q'"),
-    ({"added_tokens": [{"content": "abc", "id": 5}]}, "two ids"),
+    ({"model__merges": ["a b", "a b c"]}, "no pair"), ({"pre_tokenizer": sequence() | {"pretokenizers": []}}, "empty pre_tok"),
+    ({"model__merges": ["a b", "ab c", "a b"]}, "merge order"),
+    ({"added_tokens": [{"content": "abc", "id": 5}]}, "'abc' with the id 5, for which Hugging Face takes 257"),
+    ({"added_tokens": [{"content": "<x>", "id": 400}]}, "'<x>' with the id 400, for which Hugging Face takes 258"),
+    ({"added_tokens": [{"content": "<x>", "id": 258}, {"content": "<x>", "id": 259}]}, "the id 259, .* takes 258"),
+    ({"pre_tokenizer": {"type": "x" * 10**5}}, "x" * 100),
     ({"added_tokens": [{"content": "<x>", "id": 900, "lstrip": True}]}, "'<x>' with lstrip"),
     ({"added_tokens": [{"content": "<x>", "id": 900, "single_word": True}]}, "'<x>' with single_word"),
-    ({"added_tokens": [{"content": "<x>", "id": 900}, {"content": "<x>y", "id": 901}]}, "'<x>y', which begins with"),
-    ({"added_tokens": [{"content": "<x>", "id": 5}]}, "two tokens share"),
+    ({"added_tokens": [{"content": "<x>", "id": 258}, {"content": "<x>y", "id": 259}]}, "'<x>y', which begins with"),
+    ({"model__vocab": VOCAB | {"<x>": 5}, "added_tokens": [{"content": "<x>", "id": 5}]}, "two tokens share"),
 ])
 def test_unsupported_tokenizer_json_is_refused_by_name(tmp_path, changes, match):
     path = save(tmp_path / "my.json", bpe_json(**changes))
     with pytest.raises(ValueError, match=match) as caught:
         get_tokenizer(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 LINES = [base64.b64encode(t) + b" %d" % r for t, r in BYTES.items()]
