@@ -113,7 +113,9 @@ def gemm_reference(a, b, dtype, ends=None):
     a, b = dequantize(*a), dequantize(*b)
     if ends is None:
         return (a @ b[0].T).to(dtype)
-    return torch.cat([a_e @ b_e.T for a_e, b_e in zip(a.tensor_split(ends[:-1].tolist()), b)]).to(dtype)
+    *of_experts, beyond = a.tensor_split(ends.tolist())
+    products = [a_e @ b_e.T for a_e, b_e in zip(of_experts, b)]
+    return torch.cat([*products, a.new_zeros(len(beyond), b.size(1))]).to(dtype)
 
 
 def wgrad_reference(dy_t, x_t, ends=None, out=None):
@@ -122,8 +124,8 @@ def wgrad_reference(dy_t, x_t, ends=None, out=None):
     if ends is None:
         dw = (dy_t @ x_t.T)[None]
     else:
-        split = ends[:-1].tolist()
-        dw = torch.stack([d @ x.T for d, x in zip(dy_t.tensor_split(split, 1), x_t.tensor_split(split, 1))])
+        split = ends.tolist()
+        dw = torch.stack([d @ x.T for d, x, _ in zip(dy_t.tensor_split(split, 1), x_t.tensor_split(split, 1), split)])
     return dw if out is None else out.add_(dw)
 
 
@@ -201,54 +203,56 @@ if triton is not None:
         return band * GROUP + pid % (GROUP * N_TILES) % height, pid % (GROUP * N_TILES) // height
 
     @triton.jit
-    def load_tile(x, row, col, height, stride, TMA: tl.constexpr):
-        """128x128 numbers of an FP8 matrix: through a TMA descriptor, or from a pointer, whose rows of `stride` bytes must
-        reach to a multiple of 128. Rows beyond the height are zeros, or some other rows: nobody looks at their sums."""
+    def load_tile(x, row, col, height, stride, ROWS: tl.constexpr, TMA: tl.constexpr):
+        """ROWS x 128 numbers of an FP8 matrix: through a TMA descriptor, or from a pointer, whose rows of `stride` bytes
+        must reach to a multiple of 128. Rows beyond the height are zeros, or some other rows: nobody looks at their sums."""
         if TMA:
             return x.load([row, col])
         else:
-            rows, cols = (tl.arange(0, TILE) + row) % height, tl.arange(0, TILE) + col
+            rows, cols = (tl.arange(0, ROWS) + row) % height, tl.arange(0, TILE) + col
             return tl.load(x + rows[:, None].to(tl.int64) * stride + cols[None, :])
 
     @triton.jit
-    def gemm_kernel(a, s_a, stride_a, b, s_b, stride_b, c, stride_c, expert_of_tile, E, M, N, KB, TMA: tl.constexpr):
-        """Fprop and Dgrad: c (M, N) = a (M, K)·b[e] (N, K)^T; e: the expert of these 128 rows of a, or 0. a and b, the
-        stack flattened to (E*N, K): see load_tile; s_a: (K/128, M); s_b: (E, N/128, K/128); KB: K/128."""
-        pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, TILE), tl.cdiv(N, TILE))
+    def gemm_kernel(a, s_a, stride_a, b, s_b, stride_b, c, stride_c, ends, E, M, N, KB, EXPERTS: tl.constexpr,
+                    ROWS: tl.constexpr, TMA: tl.constexpr):
+        """Fprop and Dgrad: c (M, N) = a (M, K)·b[e] (N, K)^T; e: the expert whose rows of a these are, by ends, or 0. a and
+        b, the stack flattened to (E*N, K): see load_tile; s_a: (K/128, M); s_b: (E, N/128, K/128); KB: K/128; EXPERTS: E
+        rounded up to a power of two; ROWS: a tile of c is ROWS x 128."""
+        pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, ROWS), tl.cdiv(N, TILE))
         e = 0
-        if expert_of_tile is not None:
-            e = tl.load(expert_of_tile + pid_m)
-            if e >= E:      # rows behind the last expert's
-                return
-        i = tl.arange(0, TILE)
-        rows, cols = pid_m * TILE + i, pid_n * TILE + i
+        if ends is not None:
+            i = tl.arange(0, EXPERTS)
+            e = tl.sum((tl.load(ends + i, i < E, M) <= pid_m * ROWS).to(tl.int32), 0)
+            KB = tl.where(e < E, KB, 0)     # rows behind the last expert's come out as zeros
+        i, j = tl.arange(0, ROWS), tl.arange(0, TILE)
+        rows, cols = pid_m * ROWS + i, pid_n * TILE + j
         s_b += (e * tl.cdiv(N, TILE) + pid_n) * KB
-        acc = tl.zeros((TILE, TILE), tl.float32)
+        acc = tl.zeros((ROWS, TILE), tl.float32)
         for k in range(KB):
-            tile_a = load_tile(a, pid_m * TILE, k * TILE, M, stride_a, TMA)
-            tile_b = load_tile(b, e * N + pid_n * TILE, k * TILE, E * N, stride_b, TMA)
-            scale = tl.load(s_a + k * M + rows, rows < M, 0.0) * tl.load(s_b + k)           # (128,)
+            tile_a = load_tile(a, pid_m * ROWS, k * TILE, M, stride_a, ROWS, TMA)
+            tile_b = load_tile(b, e * N + pid_n * TILE, k * TILE, E * N, stride_b, TILE, TMA)
+            scale = tl.load(s_a + k * M + rows, rows < M, 0.0) * tl.load(s_b + k)           # (ROWS,)
             acc += tl.dot(tile_a, tile_b.T) * scale[:, None]
-        c += (pid_m * TILE).to(tl.int64) * stride_c + pid_n * TILE
-        tl.store(c + i[:, None] * stride_c + i[None, :], acc.to(c.dtype.element_ty),
+        c += (pid_m * ROWS).to(tl.int64) * stride_c + pid_n * TILE
+        tl.store(c + i[:, None] * stride_c + j[None, :], acc.to(c.dtype.element_ty),
                  (rows < M)[:, None] & (cols < N)[None, :])
 
     @triton.jit
-    def wgrad_kernel(a, s_a, stride_a, b, s_b, stride_b, c, stride_c, ends, N, K, M, TMA: tl.constexpr,
-                     ACCUMULATE: tl.constexpr):
+    def wgrad_kernel(a, s_a, stride_a, b, s_b, stride_b, c, stride_c, ends, N, K, M, ACCUMULATE: tl.constexpr,
+                     ROWS: tl.constexpr, TMA: tl.constexpr):
         """Wgrad: c[e] (N, K) = a (N, M)·b (K, M)^T over the tokens of expert e, or all. a, b: see load_tile; s_a: (M/128,
         N); s_b: (M/128, K); rows of the stack c are stride_c apart; ACCUMULATE: added to what c holds."""
-        pid_n, pid_k = tile_of(tl.program_id(0), tl.cdiv(N, TILE), tl.cdiv(K, TILE))
+        pid_n, pid_k = tile_of(tl.program_id(0), tl.cdiv(N, ROWS), tl.cdiv(K, TILE))
         e = tl.program_id(1)
         start, end = 0, M
         if ends is not None:
             start, end = tl.load(ends + e - 1, e > 0, 0), tl.load(ends + e)
-        rows, cols = pid_n * TILE + tl.arange(0, TILE), pid_k * TILE + tl.arange(0, TILE)
-        acc = tl.zeros((TILE, TILE), tl.float32)
+        rows, cols = pid_n * ROWS + tl.arange(0, ROWS), pid_k * TILE + tl.arange(0, TILE)
+        acc = tl.zeros((ROWS, TILE), tl.float32)
         for t in range(start // TILE, tl.cdiv(end, TILE)):
-            tile_a = load_tile(a, pid_n * TILE, t * TILE, N, stride_a, TMA)
-            tile_b = load_tile(b, pid_k * TILE, t * TILE, K, stride_b, TMA)
-            scale_a, scale_b = tl.load(s_a + t * N + rows % N), tl.load(s_b + t * K + cols % K)     # (128,) each
+            tile_a = load_tile(a, pid_n * ROWS, t * TILE, N, stride_a, ROWS, TMA)
+            tile_b = load_tile(b, pid_k * TILE, t * TILE, K, stride_b, TILE, TMA)
+            scale_a, scale_b = tl.load(s_a + t * N + rows % N), tl.load(s_b + t * K + cols % K)     # (ROWS,), (128,)
             acc += tl.dot(tile_a, tile_b.T) * scale_a[:, None] * scale_b[None, :]
         at = (e.to(tl.int64) * N + rows)[:, None] * stride_c + cols[None, :]
         inside = (rows < N)[:, None] & (cols < K)[None, :]
@@ -305,14 +309,10 @@ def gemm_triton(a, b, dtype, ends=None):
     c = empty_aligned(M, N, dtype=dtype, device=a.q.device)
     if c.numel() == 0 or K == 0:
         return c.zero_()
-    expert_of_tile = None
-    if ends is not None:
-        starts = torch.arange(0, M, 128, dtype=torch.int32, device=ends.device)
-        expert_of_tile = torch.searchsorted(ends, starts, right=True, out_int32=True)
-    options = launch_options(c.device)
-    grid = triton.cdiv(M, 128) * triton.cdiv(N, 128),
-    gemm_kernel[grid](*operand(a.q, a.s.T, **options), *operand(b.q, b.s, **options), c, c.stride(0), expert_of_tile, E, M, N,
-                      triton.cdiv(K, 128), **options)
+    options = launch_options(capability(c.device)[0])
+    grid = triton.cdiv(M, options["ROWS"]) * triton.cdiv(N, 128),
+    gemm_kernel[grid](*operand(a.q, a.s.T, options["ROWS"], options["TMA"]), *operand(b.q, b.s, 128, options["TMA"]), c,
+                      c.stride(0), ends, E, M, N, triton.cdiv(K, 128), EXPERTS=triton.next_power_of_2(E), **options)
     return c
 
 
@@ -323,9 +323,10 @@ def wgrad_triton(dy_t, x_t, ends=None, out=None):
     c = empty_aligned(E, N, K, dtype=torch.float32, device=dy_t.q.device) if out is None else out
     if M == 0 or c.numel() == 0:
         return c.zero_() if out is None else out
-    options = launch_options(c.device)
-    grid = triton.cdiv(N, 128) * triton.cdiv(K, 128), E
-    wgrad_kernel[grid](*operand(dy_t.q, dy_t.s.T, **options), *operand(x_t.q, x_t.s.T, **options), c, c.stride(1), ends, N, K, M,
+    options = launch_options(capability(c.device)[0])
+    grid = triton.cdiv(N, options["ROWS"]) * triton.cdiv(K, 128), E
+    wgrad_kernel[grid](*operand(dy_t.q, dy_t.s.T, options["ROWS"], options["TMA"]),
+                       *operand(x_t.q, x_t.s.T, 128, options["TMA"]), c, c.stride(1), ends, N, K, M,
                        ACCUMULATE=out is not None, **options)
     return c
 
@@ -335,17 +336,20 @@ def empty_aligned(*shape, **kwargs):
     return torch.empty(*shape[:-1], -(-shape[-1] // 16) * 16, **kwargs)[..., :shape[-1]]
 
 
-def operand(q, s, TMA, **options):
+def operand(q, s, rows, tma):
     """A kernel's three arguments for a matrix: where it is, its scales, and the bytes between rows."""
     q = q.flatten(0, -2)
     # TMA is the copy engine of sm_90 and later: it fetches whole tiles, and zeros for what lies beyond the edges
-    return TensorDescriptor.from_tensor(q, [128, 128]) if TMA else q, s.contiguous(), q.stride(0)
+    return TensorDescriptor.from_tensor(q, [rows, 128]) if tma else q, s.contiguous(), q.stride(0)
 
 
-def launch_options(device):
-    """The tiles in flight (32 KB each) fill the shared memory: 227 KB in the data-center cards, 99 KB in the others."""
-    major, _ = capability(device)
-    return dict(TMA=major >= 9, num_warps=8, num_stages=4 if major in (9, 10) else 3)
+def launch_options(major):
+    """Of the kernels of products, by major compute capability. The tiles in flight fill the shared memory: 227 KB in the
+    data-center cards, 99 KB in the others. On a Hopper three small programs share it: while one of them scales its sums, the
+    others keep the tensor cores busy."""
+    if major == 9:
+        return dict(ROWS=64, TMA=True, num_warps=4, num_stages=3)
+    return dict(ROWS=128, TMA=major > 9, num_warps=8, num_stages=4 if major == 10 else 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -372,7 +376,7 @@ def quantize_weight(w):
 def gemm(a, b, dtype, ends=None):
     """Fprop and Dgrad: a · b^T, (M, N) in dtype. a: Quantized (M, K) in 1x128 tiles; b: Quantized (E, N, K) in blocks.
 
-    ends: (E,) int32, multiples of 128: rows ends[e-1]..ends[e]-1 of a meet b[e], rows beyond come out as anything.
+    ends: (E,) int32, multiples of 128: rows ends[e-1]..ends[e]-1 of a meet b[e], rows beyond come out as zeros.
     None: E is 1, and M need not be a multiple of anything.
     """
     if kernels_missing(a.q.device) is None:
@@ -533,8 +537,8 @@ class FP8Experts(Experts):
         shift = (ends - size) - (load.cumsum(0) - load)             # (E,): by how much padding moves an expert's rows
         place = torch.arange(slots.numel(), device=x.device) + shift[slots[order]]
         place = torch.empty_like(place).index_copy(0, order, place)                         # (N*K,): row of each slot
-        # the exact number of rows is on the GPU: waiting for it would cost more than the largest there can be
-        rows = int(ends[-1]) if x.device.type == "cpu" else (slots.numel() + 127 * load.numel()) // 128 * 128
+        # the most rows there can be: waiting for a GPU to tell the exact number would cost more
+        rows = (slots.numel() + 127 * load.numel()) // 128 * 128
         x = x.new_zeros(rows, x.size(1)).index_copy(0, place, x.repeat_interleave(K, 0))
         weights = (weight_of(self, name) for name in ("gate_proj", "up_proj", "down_proj"))
         return apply_swiglu(x, *weights, ends.int()).index_select(0, place)

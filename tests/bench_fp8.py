@@ -36,26 +36,30 @@ CARDS = {89: ("L40S", 733e12, 0.864e12), 90: ("H100 SXM", 1979e12, 3.35e12), 100
 # Without a GPU
 
 def kernel_variants(capability):
-    """{name: (kernel, signature, constants)} as the launchers in fp8.py use them."""
-    tma = capability >= 90
-    matrix = "tensordesc<fp8e4nv[128, 128]>" if tma else "*fp8e4nv"
-    operands = dict(a=matrix, s_a="*fp32", stride_a="i32", b=matrix, s_b="*fp32", stride_b="i32")
-    gemm = dict(**operands, c="*bf16", stride_c="i32", expert_of_tile="*i32", E="i32", M="i32", N="i32", KB="i32")
+    """{name: (kernel, signature, constants, options)} as the launchers in fp8.py use them."""
+    options = fp8.launch_options(capability // 10)
+    tile = {arg: options.pop(arg) for arg in ("ROWS", "TMA")}
+    a, b = (f"tensordesc<fp8e4nv[{rows}, 128]>" if tile["TMA"] else "*fp8e4nv" for rows in (tile["ROWS"], 128))
+    operands = dict(a=a, s_a="*fp32", stride_a="i32", b=b, s_b="*fp32", stride_b="i32")
+    gemm = dict(**operands, c="*bf16", stride_c="i32", ends="*i32", E="i32", M="i32", N="i32", KB="i32")
     wgrad = dict(**operands, c="*fp32", stride_c="i32", ends="*i32", N="i32", K="i32", M="i32")
     quantize = dict(x="*bf16", x_s="*fp32", q="*fp8e4nv", s="*fp32", qt="*fp8e4nv", st="*fp32", M="i32", K="i32",
                     stride="i32")
     flags = dict(ROWS=False, COLS=False, BLOCK=False, POW2=False, SM89=capability == 89)
-    return {
-        "gemm": (fp8.gemm_kernel, gemm, dict(expert_of_tile=None, TMA=tma)),
-        "gemm, grouped": (fp8.gemm_kernel, gemm, dict(TMA=tma)),
-        "wgrad": (fp8.wgrad_kernel, wgrad, dict(ends=None, TMA=tma, ACCUMULATE=False)),
-        "wgrad, grouped, adding": (fp8.wgrad_kernel, wgrad, dict(TMA=tma, ACCUMULATE=True)),
+    products = {
+        "gemm": (fp8.gemm_kernel, gemm, dict(ends=None, EXPERTS=1)),
+        "gemm, grouped": (fp8.gemm_kernel, gemm, dict(EXPERTS=64)),
+        "wgrad": (fp8.wgrad_kernel, wgrad, dict(ends=None, ACCUMULATE=False)),
+        "wgrad, grouped, adding": (fp8.wgrad_kernel, wgrad, dict(ACCUMULATE=True))}
+    quantizers = {
         "quantize 1x128": (fp8.quantize_kernel, quantize, flags | dict(x_s=None, qt=None, st=None, ROWS=True)),
         "quantize both ways": (fp8.quantize_kernel, quantize, flags | dict(x_s=None, ROWS=True, COLS=True)),
         "requantize 128x1": (fp8.quantize_kernel, quantize | dict(x="*fp8e4nv"),
                              flags | dict(q=None, s=None, COLS=True, POW2=True)),
-        "quantize 128x128": (fp8.quantize_kernel, quantize | dict(x="*fp32"), flags | dict(x_s=None, BLOCK=True)),
-    }
+        "quantize 128x128": (fp8.quantize_kernel, quantize | dict(x="*fp32"), flags | dict(x_s=None, BLOCK=True))}
+    return ({name: (kernel, signature, constants | tile, options)
+             for name, (kernel, signature, constants) in products.items()}
+            | {name: (*variant, dict(num_warps=8)) for name, variant in quantizers.items()})
 
 
 def compile_kernels(capabilities):
@@ -70,16 +74,14 @@ def compile_kernels(capabilities):
 
     rows = []
     for capability in capabilities:
-        stages = 4 if capability in (90, 100) else 3
-        for name, (kernel, signature, constants) in kernel_variants(capability).items():
+        for name, (kernel, signature, constants, options) in kernel_variants(capability).items():
             signature = {arg: "constexpr" if arg in constants else signature[arg] for arg in kernel.arg_names}
             aligned = [i for i, arg in enumerate(kernel.arg_names) if signature[arg][0] == "*" or arg in (
                 "stride", "stride_a", "stride_b", "stride_c", "M", "N", "K")]     # what the launcher finds out by itself
             source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()},
                                {(i,): [["tt.divisibility", 16]] for i in aligned if signature[kernel.arg_names[i]] !=
                                 "constexpr"})
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                                      options=dict(num_warps=8, num_stages=stages))
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
             with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
                 cubin.write(compiled.asm["cubin"])
                 cubin.flush()
@@ -89,7 +91,7 @@ def compile_kernels(capabilities):
                                                                        "STL", "LDL", "UTMALDG")}
             ptx = compiled.asm["ptx"]
             rows.append(dict(
-                capability=capability, kernel=name, registers=int(usage[1]), stack=int(usage[2]),
+                capability=capability, kernel=name, warps=options["num_warps"], registers=int(usage[1]), stack=int(usage[2]),
                 shared=compiled.metadata.shared, spills=count["STL"] + count["LDL"], tma_loads=count["UTMALDG"],
                 fp8_mma=count["QGMMA"] + count["QMMA"] + count["UTCQMMA"], half_mma=count["HMMA"] + count["HGMMA"],
                 ptx_fp8_mma=len(re.findall(r"wgmma\.mma_async.*e4m3\.e4m3|mma\.sync.*e4m3\.e4m3|tcgen05\.mma.*kind::f8f6f4",
@@ -99,11 +101,11 @@ def compile_kernels(capabilities):
 
 
 def print_compiled():
-    print("No GPU with FP8 tensor cores here: nothing was run. Compiled ahead of time by Triton, 8 warps a program:\n")
-    print("| sm | kernel | registers | spills | shared memory | FP8 MMA instructions | TMA loads |")
-    print("|---|---|---|---|---|---|---|")
+    print("No GPU with FP8 tensor cores here: nothing was run. Compiled ahead of time by Triton:\n")
+    print("| sm | kernel | warps | registers | spills | shared memory | FP8 MMA instructions | TMA loads |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in compile_kernels(CARDS):
-        print(f"| {row['capability']} | {row['kernel']} | {row['registers']} | {row['spills']} | "
+        print(f"| {row['capability']} | {row['kernel']} | {row['warps']} | {row['registers']} | {row['spills']} | "
               f"{row['shared'] / 1024:.0f} KB | {row['fp8_mma']} | {row['tma_loads']} |")
     print("\nRoofline, a bound and no measurement: the larger of FLOPs / peak and bytes / bandwidth, in microseconds\n")
     print("| product | M, N, K | " + " | ".join(f"{name} (sm_{sm})" for sm, (name, _, _) in CARDS.items()) + " |")
