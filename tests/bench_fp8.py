@@ -121,7 +121,7 @@ def print_compiled():
 
 def times(functions, repeats=20):
     """{name: function} -> {name: median seconds}, repeats interleaved, a cold L2 cache before each."""
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    flush = torch.empty(2**30, dtype=torch.int8, device="cuda")     # takes longer to fill than a kernel to be launched
     spans = {name: [] for name in functions}
     for i in range(repeats + 3):
         for name, function in functions.items():
