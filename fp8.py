@@ -158,10 +158,13 @@ if triton is not None:
     @triton.jit
     def quantize_kernel(x, x_s, q, s, qt, st, M, K, stride, ROWS: tl.constexpr, COLS: tl.constexpr,
                         BLOCK: tl.constexpr, POW2: tl.constexpr, SM89: tl.constexpr):
-        """One 128x128 tile of x (E, M, K), whose rows are `stride` apart, read once and written up to twice: q (E, M, K)
-        with scales s (K/128, M), and its transpose qt (E, K, M) with st (M/128, K); or, if BLOCK, both with one scale
-        per block, s (E, M/128, K/128) and st. Rows of q and qt are filled up with zeros to a multiple of 128. If x_s is
-        given, x is itself FP8 with scales (K/128, M)."""
+        """One 128x128 tile of x (E, M, K), whose rows are `stride` apart: if ROWS q (E, M, K) with scales s (K/128, M), if
+        COLS its transpose qt (E, K, M) with st (M/128, K); if BLOCK with one scale per block instead, s (E, M/128, K/128),
+        st (E, K/128, M/128). Rows of q and qt are filled up with zeros to a multiple of 128. If x_s is given, x is itself
+        FP8 with scales (K/128, M).
+
+        Never BLOCK with both: q and qt would hold the same FP8 numbers, and ptxas 12.8, which Triton calls for sm_89 and
+        sm_90, then fills part of qt with other registers (triton-lang/triton issue 11111). On an H200 training became NaN."""
         m, k, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         MB, KB = tl.cdiv(M, TILE), tl.cdiv(K, TILE)
         i = tl.arange(0, TILE)
@@ -174,26 +177,28 @@ if triton is not None:
             v *= tl.load(x_s + k * M + rows, in_rows, 0.0)[:, None]
         a = tl.where(v == v, tl.abs(v), 0.0)        # tl.max promises nothing about a NaN
         at, at_t = i[:, None] * (KB * TILE) + i[None, :], i[:, None] * (MB * TILE) + i[None, :]
-        if BLOCK or ROWS:
-            q += (e * M + m * TILE) * (KB * TILE) + k * TILE
-        if BLOCK or COLS:
-            qt += (e * K + k * TILE) * (MB * TILE) + m * TILE
-        if BLOCK:
-            scale = scale_of(tl.max(tl.max(a, 1), 0), POW2)
-            v = to_e4m3(v * tl.div_rn(1.0, scale), SM89)
-            tl.store(q + at, v, in_rows[:, None])
-            tl.store(s + (e * MB + m) * KB + k, scale)
-            tl.store(qt + at_t, tl.trans(v), in_cols[:, None])
-            tl.store(st + (e * KB + k) * MB + m, scale)
         if ROWS:
-            scale = scale_of(tl.max(a, 1), POW2)                                            # (128,)
+            amax = tl.max(a, 1)                                                             # (128,)
+            if BLOCK:
+                amax = tl.max(amax, 0) + tl.zeros_like(amax)
+            scale = scale_of(amax, POW2)
+            q += (e * M + m * TILE) * (KB * TILE) + k * TILE
             tl.store(q + at, to_e4m3(v * tl.div_rn(1.0, scale)[:, None], SM89), in_rows[:, None])
-            tl.store(s + k * M + rows, scale, in_rows)
+            if BLOCK:
+                tl.store(s + (e * MB + m) * KB + k + i, scale, i == 0)
+            else:
+                tl.store(s + k * M + rows, scale, in_rows)
         if COLS:
-            scale = scale_of(tl.max(a, 0), POW2)
-            v = to_e4m3(v * tl.div_rn(1.0, scale)[None, :], SM89)
-            tl.store(qt + at_t, tl.trans(v), in_cols[:, None])
-            tl.store(st + m * K + cols, scale, in_cols)
+            amax = tl.max(a, 0)
+            if BLOCK:
+                amax = tl.max(amax, 0) + tl.zeros_like(amax)
+            scale = scale_of(amax, POW2)
+            qt += (e * K + k * TILE) * (MB * TILE) + m * TILE
+            tl.store(qt + at_t, tl.trans(to_e4m3(v * tl.div_rn(1.0, scale)[None, :], SM89)), in_cols[:, None])
+            if BLOCK:
+                tl.store(st + (e * KB + k) * MB + m + i, scale, i == 0)
+            else:
+                tl.store(st + m * K + cols, scale, in_cols)
 
     @triton.jit
     def tile_of(pid, M_TILES, N_TILES, GROUP: tl.constexpr = 8):
@@ -280,20 +285,19 @@ def kernels_missing(device):
 
 
 def quantize_triton(x, s=None, rows=False, cols=False, block=False, pow2=False):
-    """x: (M, K) bf16 or fp32, or FP8 with its scales s; with block (E, M, K). -> a pair of Quantized: x in tiles of 1x128,
-    if rows; x^T (K, M) in tiles of 1x128, if cols; with block x and x^T (E, K, M) in blocks."""
+    """x: (M, K) bf16 or fp32, or FP8 with its scales s; with block (E, M, K). -> a pair of Quantized: x if rows, x^T if
+    cols, (K, M) or (E, K, M), in tiles of 1x128 or, with block, one of the two in blocks."""
     M, K = x.shape[-2:]
     E, MB, KB = x.size(0) if block else 1, -(-M // 128), -(-K // 128)      # triton.cdiv takes microseconds
     new = x.new_empty
     straight = transposed = None
-    # scales are stored with the contracted dimension first: the GEMM reads those of neighbouring rows at once
-    if block:
-        straight = Quantized(new(E, M, KB * 128, dtype=E4M3)[..., :K], new(E, MB, KB, dtype=torch.float32))
-        transposed = Quantized(new(E, K, MB * 128, dtype=E4M3)[..., :M], new(E, KB, MB, dtype=torch.float32))
+    # scales of tiles are stored with the contracted dimension first: the GEMM reads those of neighbouring rows at once
     if rows:
-        straight = Quantized(new(M, KB * 128, dtype=E4M3)[:, :K], new(KB, M, dtype=torch.float32).T)
+        straight = Quantized(new(*x.shape[:-1], KB * 128, dtype=E4M3)[..., :K],
+                             new(E, MB, KB, dtype=torch.float32) if block else new(KB, M, dtype=torch.float32).T)
     if cols:
-        transposed = Quantized(new(K, MB * 128, dtype=E4M3)[:, :M], new(MB, K, dtype=torch.float32).T)
+        transposed = Quantized(new(*x.shape[:-2], K, MB * 128, dtype=E4M3)[..., :M],
+                               new(E, KB, MB, dtype=torch.float32) if block else new(MB, K, dtype=torch.float32).T)
     if x.numel():
         x = x if x.stride(-1) == 1 and (E == 1 or x.is_contiguous()) else x.contiguous()
         s = None if s is None else s.T.contiguous()
@@ -365,12 +369,12 @@ def quantize(x, rows=True, cols=False, pow2=False):
     return quantize_reference(x, 1, pow2) if rows else None, quantize_reference(x.mT, 1, pow2) if cols else None
 
 
-def quantize_weight(w):
-    """w: (N, K) or a stack (E, N, K) -> Quantized w (E, N, K) and w^T (E, K, N), in blocks of 128x128."""
+def quantize_weight(w, transposed=False):
+    """w: (N, K) or a stack (E, N, K) -> Quantized w (E, N, K), or w^T (E, K, N) if transposed, in blocks of 128x128."""
     w = w.view(-1, *w.shape[-2:])
     if kernels_missing(w.device) is None:
-        return quantize_triton(w, block=True)
-    return quantize_reference(w, 128), quantize_reference(w.mT, 128)
+        return quantize_triton(w, rows=not transposed, cols=transposed, block=True)[transposed]
+    return quantize_reference(w.mT if transposed else w, 128)
 
 
 def gemm(a, b, dtype, ends=None):
@@ -418,18 +422,16 @@ class Linear(torch.autograd.Function):
     def forward(ctx, x, weight, pow2):
         """x: (M, K); weight: (N, K); returns (M, N)."""
         x_q, _ = quantize(x, pow2=pow2)
-        w_q, w_t = quantize_weight(weight)
-        ctx.save_for_backward(*x_q, *w_t)
+        ctx.save_for_backward(*x_q)
         ctx.weight, ctx.pow2, ctx.dtype = weight, pow2, x.dtype
-        return gemm(x_q, w_q, output_dtype(x))                                              # Fprop
+        return gemm(x_q, quantize_weight(weight), output_dtype(x))                          # Fprop
 
     @staticmethod
     def backward(ctx, dy):
-        x_q, w_t = Quantized(*ctx.saved_tensors[:2]), Quantized(*ctx.saved_tensors[2:])
-        dx = dw = None
+        x_q, dx, dw = Quantized(*ctx.saved_tensors), None, None
         dy_q, dy_t = quantize(dy, cols=True)
         if ctx.needs_input_grad[0]:
-            dx = gemm(dy_q, w_t, ctx.dtype)                                                 # Dgrad
+            dx = gemm(dy_q, quantize_weight(ctx.weight, transposed=True), ctx.dtype)        # Dgrad
         if ctx.needs_input_grad[1]:
             _, x_t = quantize(x_q, rows=False, cols=True, pow2=ctx.pow2)
             dw = weight_grad(ctx.weight, dy_t, x_t)                                         # Wgrad
@@ -453,18 +455,17 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx, x, gate, up, down, ends):
         """x: (M, D); gate, up: (I, D) or, with ends, (E, I, D); down: (D, I) or (E, D, I); ends: see gemm. -> (M, D)."""
         x_q, _ = quantize(x)
-        (gate_q, gate_t), (up_q, up_t), (down_q, down_t) = map(quantize_weight, (gate, up, down))
-        g, u, y = swiglu(x_q, gate_q, up_q, down_q, output_dtype(x), ends)
-        saved = x_q, quantize(g)[0], quantize(u)[0], gate_t, up_t, down_t
-        ctx.save_for_backward(ends, *(t for pair in saved for t in pair))
+        g, u, y = swiglu(x_q, *map(quantize_weight, (gate, up, down)), output_dtype(x), ends)
+        ctx.save_for_backward(ends, *x_q, *quantize(g)[0], *quantize(u)[0])
         ctx.weights, ctx.dtype = (gate, up, down), x.dtype
         return y
 
     @staticmethod
     def backward(ctx, dy):
         ends, *saved = ctx.saved_tensors
-        x_q, g_q, u_q, gate_t, up_t, down_t = map(Quantized, saved[::2], saved[1::2])
+        x_q, g_q, u_q = map(Quantized, saved[::2], saved[1::2])
         gate, up, down = ctx.weights
+        gate_t, up_t, down_t = (quantize_weight(w, transposed=True) for w in ctx.weights)
         g, u = (dequantize(*t).to(dy.dtype) for t in (g_q, u_q))                            # (M, I)
         dy_q, dy_t = quantize(dy, cols=True)
         dh = gemm(dy_q, down_t, dy.dtype, ends)

@@ -8,6 +8,7 @@ instructions) and the roofline time of a product, which is a bound and no measur
 """
 
 import dataclasses
+import itertools
 import os
 import re
 import statistics
@@ -56,10 +57,43 @@ def kernel_variants(capability):
         "quantize both ways": (fp8.quantize_kernel, quantize, flags | dict(x_s=None, ROWS=True, COLS=True)),
         "requantize 128x1": (fp8.quantize_kernel, quantize | dict(x="*fp8e4nv"),
                              flags | dict(q=None, s=None, COLS=True, POW2=True)),
-        "quantize 128x128": (fp8.quantize_kernel, quantize | dict(x="*fp32"), flags | dict(x_s=None, BLOCK=True))}
+        "quantize 128x128": (fp8.quantize_kernel, quantize | dict(x="*fp32"),
+                             flags | dict(x_s=None, qt=None, st=None, ROWS=True, BLOCK=True)),
+        "transpose 128x128": (fp8.quantize_kernel, quantize | dict(x="*fp32"),
+                              flags | dict(x_s=None, q=None, s=None, COLS=True, BLOCK=True))}
     return ({name: (kernel, signature, constants | tile, options)
              for name, (kernel, signature, constants) in products.items()}
             | {name: (*variant, dict(num_warps=8)) for name, variant in quantizers.items()})
+
+
+def numbers_in_shared(sass):
+    """How many of the FP8 numbers that a thread makes get to shared memory, where a transpose passes: follows the bytes of
+    registers from the conversions to the stores. All of 64 should (128x128 of 256 threads); ptxas 12.8 was seen to store
+    other registers instead (see quantize_kernel)."""
+    registers, numbers, stored = {}, itertools.count(), set()
+
+    def content(register):      # what its four bytes hold: a number's name, or None for anything else
+        return registers.get(register.split(".")[0], (None,) * 4)
+
+    for op, args in re.findall(r"\*/ +(?:@!?\w+ )?([A-Z][\w.]+) (.*?) ?;", sass):
+        to, *args = args.split(", ")
+        if op.startswith("F2FP.SATFINITE.E4M3"):        # two numbers, before the lower half of the last operand
+            registers[to] = next(numbers), next(numbers), *content(args[-1])[:2]
+        elif op == "PRMT" and args[1].startswith("0x"):     # a byte of two registers for each digit
+            digits = int(args[1], 16)
+            registers[to] = tuple((content(args[0]) + content(args[2]))[digits >> 4 * i & 7] for i in range(4))
+        elif op == "LOP3.LUT" and args[1:4] == ["0xffff", "RZ", "0xc0"]:
+            registers[to] = *content(args[0])[:2], None, None
+        elif op.startswith("SHF.R.") and args[:2] == ["RZ", "0x8"]:
+            registers[to] = *content(args[2])[1:], None
+        elif op.startswith(("MOV", "IMAD.MOV")):
+            registers[to] = content(args[-1])
+        elif op == "STS":
+            stored.update(content(args[-1]))
+        elif re.fullmatch(r"R\d+", to):
+            for i in range(4 if "128" in op else 2 if "64" in op or "WIDE" in op else 1):
+                registers.pop(f"R{int(to[1:]) + i}", None)
+    return len(stored - {None})
 
 
 def compile_kernels(capabilities):
@@ -96,6 +130,7 @@ def compile_kernels(capabilities):
                 fp8_mma=count["QGMMA"] + count["QMMA"] + count["UTCQMMA"], half_mma=count["HMMA"] + count["HGMMA"],
                 ptx_fp8_mma=len(re.findall(r"wgmma\.mma_async.*e4m3\.e4m3|mma\.sync.*e4m3\.e4m3|tcgen05\.mma.*kind::f8f6f4",
                                            ptx)),
+                fp8_in_shared=numbers_in_shared(sass),
                 direct_casts=len(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32", ptx))))
     return rows
 
@@ -146,7 +181,7 @@ def bench_dense():
     for name, (M, N, K) in DENSE.items():
         x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
         w = torch.randn(N, K, device="cuda", dtype=torch.bfloat16)
-        a, b = fp8.quantize(x)[0], fp8.quantize_weight(w[None])[0]
+        a, b = fp8.quantize(x)[0], fp8.quantize_weight(w)
         one = torch.ones(M, 1, device="cuda"), torch.ones(1, N, device="cuda")
         out = torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
         run = {"ours": lambda: fp8.gemm(a, b, torch.bfloat16), "bf16": lambda: x @ w.T,
@@ -167,7 +202,7 @@ def bench_grouped():
         x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
         dy = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
         w = torch.randn(E, N, K, device="cuda", dtype=torch.bfloat16)
-        (a, a_t), dy_t, b = fp8.quantize(x, cols=True), fp8.quantize(dy, cols=True)[1], fp8.quantize_weight(w)[0]
+        (a, a_t), dy_t, b = fp8.quantize(x, cols=True), fp8.quantize(dy, cols=True)[1], fp8.quantize_weight(w)
         t = times({"gemm": lambda: fp8.gemm(a, b, torch.bfloat16, ends),
                    "bf16": lambda: torch.nn.functional.grouped_mm(x, w.mT, offs=ends),
                    "wgrad": lambda: fp8.wgrad(dy_t, a_t, ends),
@@ -183,8 +218,10 @@ def bench_quantizers():
     q, copy = fp8.quantize(x)[0], torch.empty_like(x)
     t = times({"copy": lambda: copy.copy_(x), "1x128": lambda: fp8.quantize(x),
                "both ways": lambda: fp8.quantize(x, cols=True), "again, 128x1": lambda: fp8.quantize(q, False, True),
-               "128x128, fp32": lambda: fp8.quantize_weight(w)})
-    moved = {"copy": 4, "1x128": 3, "both ways": 4, "again, 128x1": 2, "128x128, fp32": 6}      # bytes per number
+               "128x128, fp32": lambda: fp8.quantize_weight(w),
+               "128x128, fp32, transposed": lambda: fp8.quantize_weight(w, transposed=True)})
+    moved = {"copy": 4, "1x128": 3, "both ways": 4, "again, 128x1": 2, "128x128, fp32": 5,
+             "128x128, fp32, transposed": 5}        # bytes per number
     speed = {name: moved[name] * x.numel() / t[name] for name in t}
     print("\n| quantizer | GB/s | of a copy's |\n|---|---|---|")
     for name in t:

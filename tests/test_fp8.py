@@ -139,9 +139,8 @@ def test_kernels_keep_nan_and_inf():
     for got, want in zip(fp8.quantize_triton(x, rows=True, cols=True),
                          (fp8.quantize_reference(x), fp8.quantize_reference(x.T))):
         assert equal(got, want) and want.q.float().isnan().any()
-    for got, want in zip(fp8.quantize_triton(x[None], block=True),
-                         (fp8.quantize_reference(x[None], 128), fp8.quantize_reference(x.T[None], 128))):
-        assert equal(got, want)
+    assert equal(fp8.quantize_triton(x[None], rows=True, block=True)[0], fp8.quantize_reference(x[None], 128))
+    assert equal(fp8.quantize_triton(x[None], cols=True, block=True)[1], fp8.quantize_reference(x.T[None], 128))
 
 
 @needs_triton
@@ -149,9 +148,8 @@ def test_kernels_keep_nan_and_inf():
 @pytest.mark.parametrize("E, N, K", [(1, 128, 256), (3, 70, 200)])
 def test_weight_quantizer_equals_the_specification(E, N, K):
     w = torch.stack([nasty(N, K) for _ in range(E)])
-    straight, transposed = fp8.quantize_triton(w, block=True)
-    assert equal(straight, fp8.quantize_reference(w, 128))
-    assert equal(transposed, fp8.quantize_reference(w.mT, 128))
+    assert equal(fp8.quantize_triton(w, rows=True, block=True)[0], fp8.quantize_reference(w, 128))
+    assert equal(fp8.quantize_triton(w, cols=True, block=True)[1], fp8.quantize_reference(w.mT, 128))
 
 
 def operands(M, K, rows, seed=0):
@@ -177,7 +175,7 @@ def check_tiles(got, want):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gemm_equals_the_specification(M, N, K, dtype):
     a = fp8.quantize_triton(operands(M, K, 1), rows=True)[0]
-    b = fp8.quantize_triton(operands(N, K, 128, 1)[None], block=True)[0]
+    b = fp8.quantize_triton(operands(N, K, 128, 1)[None], rows=True, block=True)[0]
     check_tiles(fp8.gemm_triton(a, b, dtype), fp8.gemm_reference(a, b, dtype))
 
 
@@ -187,7 +185,7 @@ def test_gemm_equals_the_specification(M, N, K, dtype):
 def test_grouped_gemm_equals_the_specification_with_empty_experts(N, K):
     ends = torch.tensor([0, 128, 128, 384, 384], dtype=torch.int32, device=DEVICE)
     a = fp8.quantize_triton(operands(384, K, 1), rows=True)[0]
-    b = fp8.quantize_triton(torch.stack([operands(N, K, 128, e) for e in range(5)]), block=True)[0]
+    b = fp8.quantize_triton(torch.stack([operands(N, K, 128, e) for e in range(5)]), rows=True, block=True)[0]
     want = fp8.gemm_reference(a, b, torch.float32, ends)
     check_tiles(fp8.gemm_triton(a, b, torch.float32, ends), want)
     longer = fp8.quantize_triton(torch.cat([operands(384, K, 1), operands(256, K, 1)]), rows=True)[0]
@@ -228,7 +226,7 @@ def test_grouped_wgrad_equals_the_specification_with_empty_experts():
 def test_no_rows_at_all():
     x = torch.zeros(0, 200, device=DEVICE)
     q, qt = fp8.quantize_triton(x, rows=True, cols=True)
-    w = fp8.quantize_triton(torch.randn(1, 30, 200, device=DEVICE), block=True)[0]
+    w = fp8.quantize_triton(torch.randn(1, 30, 200, device=DEVICE), rows=True, block=True)[0]
     assert fp8.gemm_triton(q, w, torch.float32).shape == (0, 30)
     assert (fp8.wgrad_triton(qt, qt) == torch.zeros(1, 200, 200, device=DEVICE)).all()
 
@@ -237,7 +235,7 @@ def test_no_rows_at_all():
 @pytest.mark.parametrize("M, N, K", [(4096, 7168, 2048), (1000, 2112, 7168)])
 def test_large_products_on_the_gpu(M, N, K):
     x, w = torch.randn(M, K, device="cuda", dtype=torch.bfloat16), torch.randn(N, K, device="cuda")
-    y = fp8.gemm(fp8.quantize(x)[0], fp8.quantize_weight(w[None])[0], torch.bfloat16)
+    y = fp8.gemm(fp8.quantize(x)[0], fp8.quantize_weight(w), torch.bfloat16)
     assert relative_error(y, x.float() @ w.T) < 0.04
 
 
@@ -249,10 +247,12 @@ def test_kernels_compile_to_fp8_tensor_cores_without_spills(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", code, card], cwd=ROOT / "tests", env=env, text=True,
                                   stdout=subprocess.PIPE) for card in ("89", "90", "100")]
     rows = [row for process in processes for row in json.loads(process.communicate()[0])]
-    assert len(rows) == 24
+    assert len(rows) == 27
     for row in rows:
         print(row)
         assert row["spills"] == row["stack"] == row["half_mma"] == 0, row
+        transposes = row["kernel"] in ("quantize both ways", "requantize 128x1", "transpose 128x128")
+        assert row["fp8_in_shared"] == 64 * transposes, row
         if row["kernel"].startswith(("gemm", "wgrad")):
             assert row["fp8_mma"] > 0 and row["ptx_fp8_mma"] > 0 and row["registers"] <= 255, row
             assert (row["tma_loads"] > 0) == (row["capability"] >= 90), row
