@@ -129,6 +129,14 @@ def wgrad_reference(dy_t, x_t, ends=None, out=None):
     return dw if out is None else out.add_(dw)
 
 
+def swiglu_backward_reference(g, u, dh):
+    """See swiglu_backward."""
+    g, u, dtype, dh = dequantize(*g), dequantize(*u), dh.dtype, dh.float()
+    sigmoid = g.sigmoid()
+    silu = g * sigmoid
+    return (silu * u).to(dtype), (dh * u * sigmoid * (1 + g - silu)).to(dtype), (dh * silu).to(dtype)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The kernels
 
@@ -265,6 +273,22 @@ if triton is not None:
             acc += tl.load(c + at, inside, 0.0)
         tl.store(c + at, acc, inside)
 
+    @triton.jit
+    def swiglu_backward_kernel(g, s_g, stride_g, u, s_u, stride_u, dh, h, dg, du, M, K, ROWS: tl.constexpr):
+        """See swiglu_backward; ROWS x 128 numbers of each. s_g, s_u: (K/128, M); dh, h, dg, du are contiguous."""
+        m, k = tl.program_id(0), tl.program_id(1)
+        rows, cols = m * ROWS + tl.arange(0, ROWS), k * TILE + tl.arange(0, TILE)
+        in_rows, inside = rows < M, (rows < M)[:, None] & (cols < K)[None, :]
+        row, col = rows[:, None].to(tl.int64), cols[None, :]
+        g = tl.load(g + row * stride_g + col, inside, 0.0).to(tl.float32) * tl.load(s_g + k * M + rows, in_rows, 0.0)[:, None]
+        u = tl.load(u + row * stride_u + col, inside, 0.0).to(tl.float32) * tl.load(s_u + k * M + rows, in_rows, 0.0)[:, None]
+        d = tl.load(dh + row * K + col, inside, 0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(g)
+        silu = g * sigmoid
+        tl.store(h + row * K + col, (silu * u).to(h.dtype.element_ty), inside)
+        tl.store(dg + row * K + col, (d * u * sigmoid * (1 + g - silu)).to(h.dtype.element_ty), inside)
+        tl.store(du + row * K + col, (d * silu).to(h.dtype.element_ty), inside)
+
 
 def capability(device):
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)    # in Triton's interpreter
@@ -335,6 +359,16 @@ def wgrad_triton(dy_t, x_t, ends=None, out=None):
     return c
 
 
+def swiglu_backward_triton(g, u, dh):
+    """See swiglu_backward."""
+    (M, K), dh = dh.shape, dh.contiguous()
+    outputs = torch.empty_like(dh), torch.empty_like(dh), torch.empty_like(dh)
+    if dh.numel():
+        swiglu_backward_kernel[-(-M // 16), -(-K // 128)](g.q, g.s.T.contiguous(), g.q.stride(0), u.q, u.s.T.contiguous(),
+                                                          u.q.stride(0), dh, *outputs, M, K, ROWS=16, num_warps=4)
+    return outputs
+
+
 def empty_aligned(*shape, **kwargs):
     """Rows start at multiples of 16 elements: with those of unaligned rows, the kernels would run out of registers."""
     return torch.empty(*shape[:-1], -(-shape[-1] // 16) * 16, **kwargs)[..., :shape[-1]]
@@ -396,6 +430,12 @@ def wgrad(dy_t, x_t, ends=None, out=None):
         return wgrad_triton(dy_t, x_t, ends, out)
     with torch.autocast(dy_t.q.device.type, enabled=False):
         return wgrad_reference(dy_t, x_t, ends, out)
+
+
+def swiglu_backward(g, u, dh):
+    """g, u: Quantized (M, I) in 1x128 tiles; dh: (M, I), the gradient of h = silu(g) * u. -> h and the gradients of g and u,
+    each (M, I) in dh's dtype, computed in fp32."""
+    return (swiglu_backward_triton if kernels_missing(dh.device) is None else swiglu_backward_reference)(g, u, dh)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -465,17 +505,15 @@ class SwiGLU(torch.autograd.Function):
         ends, *saved = ctx.saved_tensors
         x_q, g_q, u_q = map(Quantized, saved[::2], saved[1::2])
         gate, up, down = ctx.weights
-        gate_t, up_t, down_t = (quantize_weight(w, transposed=True) for w in ctx.weights)
-        g, u = (dequantize(*t).to(dy.dtype) for t in (g_q, u_q))                            # (M, I)
+
+        def dgrad(dy_q, weight, dtype):
+            return gemm(dy_q, quantize_weight(weight, transposed=True), dtype, ends)
+
         dy_q, dy_t = quantize(dy, cols=True)
-        dh = gemm(dy_q, down_t, dy.dtype, ends)
-        sigmoid = g.sigmoid()
-        silu = g * sigmoid
-        _, h_t = quantize(silu * u, rows=False, cols=True)
-        dg_q, dg_t = quantize(dh * u * sigmoid * (1 + g - silu), cols=True)
-        du_q, du_t = quantize(dh * silu, cols=True)
-        _, x_t = quantize(x_q, rows=False, cols=True)
-        dx = gemm(dg_q, gate_t, ctx.dtype, ends) + gemm(du_q, up_t, ctx.dtype, ends)
+        h, dg, du = swiglu_backward(g_q, u_q, dgrad(dy_q, down, dy.dtype))                  # (M, I) each
+        (dg_q, dg_t), (du_q, du_t) = quantize(dg, cols=True), quantize(du, cols=True)
+        (_, h_t), (_, x_t) = quantize(h, rows=False, cols=True), quantize(x_q, rows=False, cols=True)
+        dx = dgrad(dg_q, gate, ctx.dtype) + dgrad(du_q, up, ctx.dtype)
         return (dx, weight_grad(gate, dg_t, x_t, ends), weight_grad(up, du_t, x_t, ends),
                 weight_grad(down, dy_t, h_t, ends), None)
 

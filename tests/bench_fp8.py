@@ -61,9 +61,12 @@ def kernel_variants(capability):
                              flags | dict(x_s=None, qt=None, st=None, ROWS=True, BLOCK=True)),
         "transpose 128x128": (fp8.quantize_kernel, quantize | dict(x="*fp32"),
                               flags | dict(x_s=None, q=None, s=None, COLS=True, BLOCK=True))}
+    swiglu = dict(g="*fp8e4nv", s_g="*fp32", stride_g="i32", u="*fp8e4nv", s_u="*fp32", stride_u="i32", dh="*bf16", h="*bf16",
+                  dg="*bf16", du="*bf16", M="i32", K="i32")
     return ({name: (kernel, signature, constants | tile, options)
              for name, (kernel, signature, constants) in products.items()}
-            | {name: (*variant, dict(num_warps=8)) for name, variant in quantizers.items()})
+            | {name: (*variant, dict(num_warps=8)) for name, variant in quantizers.items()}
+            | {"swiglu backward": (fp8.swiglu_backward_kernel, swiglu, dict(ROWS=16), dict(num_warps=4))})
 
 
 def numbers_in_shared(sass):
@@ -111,7 +114,7 @@ def compile_kernels(capabilities):
         for name, (kernel, signature, constants, options) in kernel_variants(capability).items():
             signature = {arg: "constexpr" if arg in constants else signature[arg] for arg in kernel.arg_names}
             aligned = [i for i, arg in enumerate(kernel.arg_names) if signature[arg][0] == "*" or arg in (
-                "stride", "stride_a", "stride_b", "stride_c", "M", "N", "K")]     # what the launcher finds out by itself
+                "M", "N", "K") or arg.startswith("stride")]     # what the launcher finds out by itself
             source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()},
                                {(i,): [["tt.divisibility", 16]] for i in aligned if signature[kernel.arg_names[i]] !=
                                 "constexpr"})
