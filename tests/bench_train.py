@@ -131,7 +131,8 @@ def presets():
     if not torch.cuda.is_available():
         return roofline()
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}\n")
-    print("| model | arithmetic | compiled | tokens/s | MFU, of bf16's peak | peak memory |\n|---|---|---|---|---|---|")
+    print("| model | arithmetic | compiled | tokens/s | MFU, of bf16's peak | peak memory | loss of the last step |\n"
+          "|---|---|---|---|---|---|---|")
     peak = peak_flops(torch.device("cuda"))
     for name, (config, batch, length) in PRESETS.items():
         for arithmetic in "bf16", "fp8":
@@ -144,11 +145,11 @@ def presets():
                     from fp8 import convert_to_fp8
                     convert_to_fp8(model)
                 trainer = Trainer(torch.compile(model) if compiled else model, our_loss, torch.bfloat16)
-                seconds, _ = interleaved({"": trainer}, random_batch(config.vocab_size, batch, length, "cuda"), 20)
+                seconds, losses = interleaved({"": trainer}, random_batch(config.vocab_size, batch, length, "cuda"), 20)
                 speed = batch * length / seconds[""]
                 print(f"| {name} | {arithmetic} | {'yes' if compiled else 'no'} | {speed:,.0f} | "
                       f"{f'{speed * flops / peak:.1%}' if peak else 'n/a'} | "
-                      f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB |", flush=True)
+                      f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB | {losses[''][-1]:.3f} |", flush=True)
                 del model, trainer
                 gc.collect()
                 torch.cuda.empty_cache()
