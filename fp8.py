@@ -171,8 +171,8 @@ if triton is not None:
         st (E, K/128, M/128). Rows of q and qt are filled up with zeros to a multiple of 128. If x_s is given, x is itself
         FP8 with scales (K/128, M).
 
-        Never BLOCK with both: q and qt would hold the same FP8 numbers, and ptxas 12.8, which Triton calls for sm_89 and
-        sm_90, then fills part of qt with other registers (triton-lang/triton issue 11111). On an H200 training became NaN."""
+        Never BLOCK with both: q and qt would hold the same FP8 numbers, and ptxas up to 12.9, which Triton calls for sm_89
+        and sm_90, then fills part of qt with other registers (triton-lang/triton issue 11111). Training became NaN by it."""
         m, k, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         MB, KB = tl.cdiv(M, TILE), tl.cdiv(K, TILE)
         i = tl.arange(0, TILE)
