@@ -462,16 +462,14 @@ class Experts(nn.Module):
 
     def gathered(self, x, slots, K):
         """Each slot on its own, with its expert's matrices copied out. Returns (N*K, D), by slot."""
-        _, I, D = self.gate_proj.shape
-        # an expert's matrix as I pieces of D numbers: PyTorch shares out the copying of many pieces to the cores
-        pieces = (slots[:, None] * I + torch.arange(I, device=x.device)).flatten()          # (N*K*I,)
-
         def linear(x, weight):                                                              # (N*K, in) -> (N*K, out)
             if torch.compiler.is_compiling():       # one loop, which reads the weights where they are
                 return (weight[slots] * x[:, None]).sum(-1)
-            weight = weight.view(-1, D).index_select(0, pieces).view(-1, *weight.shape[1:])
+            # gather, since weight[slots] would copy on one core
+            flat = weight.flatten(1)                                                        # (E, out*in)
+            weight = flat.gather(0, slots[:, None].expand(-1, flat.size(1))).view(-1, *weight.shape[1:])
             return torch.bmm(x[:, None], weight.mT)[:, 0]
-        x = x.repeat_interleave(K, 0)                                                       # (N*K, D)
+        x = x[:, None].expand(-1, K, -1).flatten(0, 1)                                      # (N*K, D)
         return linear(F.silu(linear(x, self.gate_proj)) * linear(x, self.up_proj), self.down_proj)
 
 
