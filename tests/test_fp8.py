@@ -260,7 +260,7 @@ def test_kernels_compile_to_fp8_tensor_cores_without_spills(tmp_path):
     """For sm_89 (mma), sm_90 (wgmma) and sm_100 (tcgen05), ahead of time and without a GPU. -s prints the registers."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     code = "import json, sys, bench_fp8; print(json.dumps(bench_fp8.compile_kernels([int(sys.argv[1])])))"
-    processes = [subprocess.Popen([sys.executable, "-c", code, card], cwd=ROOT / "tests", env=env, text=True,
+    processes = [subprocess.Popen([sys.executable, "-c", code, card], cwd=ROOT / "tests/bench", env=env, text=True,
                                   stdout=subprocess.PIPE) for card in ("89", "90", "100")]
     rows = [row for process in processes for row in json.loads(process.communicate()[0])]
     assert len(rows) == 30

@@ -1,9 +1,9 @@
 """
 Decoding speed beside transformers' DeepseekV3ForCausalLM with the same weights, where it is installed.
 
-    python tests/bench_decode.py                        # the table: prefill and plain decode, ratios in one run
-    python tests/bench_decode.py --compile              # with our steps under torch.compile as well
-    python tests/bench_decode.py --ckpt out             # plain against speculative decoding of a trained model
+    python tests/bench/bench_decode.py                        # the table: prefill and plain decode, ratios in one run
+    python tests/bench/bench_decode.py --compile              # with our steps under torch.compile as well
+    python tests/bench/bench_decode.py --ckpt out             # plain against speculative decoding of a trained model
 
 Medians of repeated runs, the contestants taking turns, so that a noisy machine disturbs all of them alike.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from model import DeepSeekV3, DeepSeekV3Config  # noqa: E402
 from sample import compile_steps, continuation, load  # noqa: E402

@@ -1,8 +1,8 @@
 """
 Context extension in two phases, as in §4.3 of the report: a model trained on 128 bytes reads 512, then 2048, by YaRN.
 
-    python tests/bench_long_context.py --out_dir out-long      # goes on where it stopped
-    python tests/bench_long_context.py --out_dir out-long --plot long_context.png        # needs: pip install matplotlib
+    python tests/bench/bench_long_context.py --out_dir out-long      # goes on where it stopped
+    python tests/bench/bench_long_context.py --out_dir out-long --plot long_context.png        # needs: pip install matplotlib
 
 The data, alternating: Python's own source, and filler with a pass key in it that is asked for at the end, in texts that
 fit a phase's context. Evaluated after each phase, and before, at lengths up to 2048:
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402

@@ -1,8 +1,8 @@
 """
 How runs of train.py went, drawn from their log.jsonl: loss and validation, norm of the gradients, balance of the experts, speed.
 
-    python tests/plot_log.py out                                # writes log.png; needs: pip install matplotlib
-    python tests/plot_log.py out-a out-b --plot both.png        # runs beside each other
+    python tests/bench/plot_log.py out                                # writes log.png; needs: pip install matplotlib
+    python tests/bench/plot_log.py out-a out-b --plot both.png        # runs beside each other
 """
 
 import argparse

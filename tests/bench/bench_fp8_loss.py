@@ -1,8 +1,8 @@
 """
 What FP8 does to the loss: training runs in BF16 and FP8 from the same seed over the same data, on a CPU by emulation.
 
-    python tests/bench_fp8_loss.py --out_dir out-fp8            # some two hours on two cores; goes on where it stopped
-    python tests/bench_fp8_loss.py --log tests/results/fp8_loss.jsonl --plot fp8_loss.png       # of the results kept there
+    python tests/bench/bench_fp8_loss.py --out_dir out-fp8            # some two hours on two cores; goes on where it stopped
+    python tests/bench/bench_fp8_loss.py --log tests/results/fp8_loss.jsonl --plot fp8_loss.png       # of the results kept there
 
 Five arithmetics, three seeds each, 1000 steps of a model of 0.9M active parameters (the tiny preset with a layer and eight
 experts more) with the report's optimizer, AdamW:
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import fp8  # noqa: E402
 from runs import finished, pyplot, read_log, train_all  # noqa: E402

@@ -1,7 +1,7 @@
 """
 What fits where: bytes of weights and of cache, computed from the presets' shapes.
 
-    python tests/bench_memory.py
+    python tests/bench/bench_memory.py
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from checkpoint import stored_size  # noqa: E402
 from model import DeepSeekV3, DeepSeekV3Config  # noqa: E402

@@ -1,9 +1,9 @@
 """
 The report's claims, small: the tiny preset on the default corpus, three seeds of everything.
 
-    python tests/bench_ablations.py --out_dir out-ablations                 # about an hour on two cores; goes on where it stopped
-    python tests/bench_ablations.py --out_dir out-ablations balance mtp     # some of them
-    python tests/bench_ablations.py --log tests/results/ablations.jsonl --plot .    # tables and pictures of kept results
+    python tests/bench/bench_ablations.py --out_dir out-ablations                 # about an hour on two cores; goes on where it stopped
+    python tests/bench/bench_ablations.py --out_dir out-ablations balance mtp     # some of them
+    python tests/bench/bench_ablations.py --log tests/results/ablations.jsonl --plot .    # tables and pictures of kept results
 
     balance     auxiliary-loss-free against an auxiliary loss against neither (§4.5.2, arXiv 2408.15664)
     mtp         with against without multi-token prediction, at equal steps and at equal time (§4.5.1)
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402

@@ -1,7 +1,7 @@
 """
 How fast the FP8 kernels are. On a GPU of sm_89 or later, everything side by side, medians of interleaved repeats:
 
-    python tests/bench_fp8.py
+    python tests/bench/bench_fp8.py
 
 Without one, nothing is run: prints what the kernels compile to (registers, shared memory, spills, tensor-core
 instructions) and the roofline time of a product, which is a bound and no measurement.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import fp8  # noqa: E402
 from model import DeepSeekV3, DeepSeekV3Config  # noqa: E402

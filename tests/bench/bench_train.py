@@ -2,9 +2,9 @@
 Training speed: a step (forward, backward, AdamW) beside transformers' DeepseekV3ForCausalLM from the same weights, and
 how its time grows with the work.
 
-    python tests/bench_train.py                 # beside transformers (where it is installed), losses compared
-    python tests/bench_train.py --table         # step time against experts, sequence, depth and batch
-    python tests/bench_train.py --presets       # on a GPU: small and layers of 16b, bf16 and fp8, compiled or not;
+    python tests/bench/bench_train.py                 # beside transformers (where it is installed), losses compared
+    python tests/bench/bench_train.py --table         # step time against experts, sequence, depth and batch
+    python tests/bench/bench_train.py --presets       # on a GPU: small and layers of 16b, bf16 and fp8, compiled or not;
                                                 # without one: their FLOPs, bytes and the roofline on a data sheet's H100
 
 Medians of repeated steps, the contestants taking turns, so that a noisy machine disturbs all of them alike.
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench_decode import BENCH, transformers_model  # noqa: E402
 from model import DeepSeekV3, DeepSeekV3Config  # noqa: E402
