@@ -6,7 +6,7 @@ and Multi-Token Prediction. Read it top to bottom, leaf to root:
 
 Equation and section numbers refer to the DeepSeek-V3 Technical Report (arXiv 2412.19437). Modules carry the names of
 the released checkpoints, local variables the symbols of the report. Files are read and written in checkpoint.py,
-tokens are drafted, verified and sampled in generate.py.
+speculative decoding is in sample.py.
 
 Shapes      B batch, T tokens of a sequence, S tokens in the cache, N = B*T tokens of a batch, D hidden size, H heads,
             E routed experts, K experts per token, V vocabulary
@@ -743,24 +743,66 @@ class DeepSeekV3(nn.Module):
         return torch.cat([self.main_model(idx[:, i:i + PREFILL_CHUNK], cache=cache, pos=pos + i)[0]
                           for i in range(0, idx.size(1), PREFILL_CHUNK)], 1)
 
-    def generate(self, idx, max_new_tokens, *args, **kwargs):
-        """idx (B, T) int64 -> (B, T + new) int64; the arguments are generate_stream's."""
-        return torch.cat([idx, *self.generate_stream(idx, max_new_tokens, *args, **kwargs)], 1)
-
-    def generate_stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, speculative=None, stop=(),
-                        generator=None, stats=None):
-        """Continue the prompts idx (B, T) int64; yields tokens (B, 1) int64 as they come.
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), generator=None):
+        """Continue the prompts idx (B, T) int64 -> (B, T + new) int64, one token per forward pass.
 
         temperature 0 is greedy. top_k keeps the k likeliest tokens, top_p the likeliest that together reach
-        probability p. stop: token ids; a row that produced one repeats it until every row has, which ends the stream.
-        speculative: draft with the MTP modules and verify with the main model, several tokens per forward pass, with
-        exactly the distribution of plain decoding; None means where the model has such modules. stats: a dict of the
-        caller's in which "forwards", "drafted" and "accepted" are counted up. ValueError for an empty prompt, a token
-        id out of range, a total length over max_position_embeddings, and sampling arguments out of range.
+        probability p. stop: token ids; a row that produced one repeats it until every row has. ValueError for an
+        empty prompt, a token id out of range, a total length over max_position_embeddings, and sampling arguments
+        out of range. sample.generate_stream yields tokens as they come, several per pass with MTP modules.
         """
-        import generate     # speculative decoding, which nobody needs in order to train the model
-        return generate.generate_stream(self, idx, max_new_tokens, temperature, top_k, top_p, speculative, stop, generator,
-                                        stats)
+        B, T = idx.shape
+        if T == 0:
+            raise ValueError("the prompt is empty: give at least one token, such as the document separator")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+        self.check_tokens(idx, T + max_new_tokens)
+        stop = torch.tensor(sorted(stop), dtype=torch.int64, device=idx.device)
+        done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+        cache, pos = self.new_cache(B, T + max_new_tokens), 0           # the cache holds positions 0..pos-1
+        for _ in range(max_new_tokens):
+            h = self.prefill(idx[:, pos:], cache, pos)[:, -1:]                          # (B, 1, D)
+            pos = idx.size(1)
+            token = draw(sampling_probs(self.lm_head(h), temperature, top_k, top_p), generator)     # (B, 1)
+            token = torch.where(done, idx[:, -1:], token)
+            idx = torch.cat([idx, token], 1)
+            done = done | torch.isin(token, stop)
+            if stop.numel() and done.all():
+                break
+        return idx
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+def sampling_probs(logits, temperature=1.0, top_k=None, top_p=None):
+    """logits: (..., V) -> probabilities (..., V) fp32 to sample from. ValueError for an argument out of range."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be over 0 and at most 1, got {top_p}")
+    logits = logits.float()
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature     # the maximum at 0: no overflow at any temperature
+    if top_k is not None and top_k < logits.size(-1):
+        kth = logits.topk(top_k, -1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        p, order = probs.sort(-1, descending=True)
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)                           # what comes before already reaches top_p
+        probs = torch.zeros_like(probs).scatter_(-1, order, p)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def draw(probs, generator):
+    """probs: (B, 1, V) -> (B, 1) int64. What torch.multinomial does, without its checks, which wait for a GPU."""
+    return (probs[:, 0] / torch.empty_like(probs[:, 0]).exponential_(generator=generator)).argmax(-1, keepdim=True)
 
 
 PREFILL_CHUNK = 1024    # tokens that a prompt is read in at a time

@@ -511,7 +511,7 @@ def short_sample(model, separator, encoding, cfg):
     """How a document may begin, at most 64 tokens of it: the same dice each time, and not those of the training."""
     dice = torch.Generator(model.lm_head.weight.device).manual_seed(cfg.seed)
     start = torch.tensor([[separator]], device=dice.device)
-    tokens = model.generate(start, min(64, cfg.block_size - 1), 0.8, speculative=False, stop=[separator], generator=dice)
+    tokens = model.generate(start, min(64, cfg.block_size - 1), 0.8, stop=[separator], generator=dice)
     enc = encoding_from_json(encoding)
     text = b"".join(token_bytes(enc, token) for token in tokens[0, 1:].tolist() if token != separator)
     return text.decode("utf-8", "replace")

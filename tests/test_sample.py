@@ -8,10 +8,14 @@ import shutil
 import pytest
 import torch
 
-import generate
 import model as model_module
-from generate import sampling_probs, verify
-from sample import compile_steps
+import sample
+from model import DeepSeekV3, sampling_probs
+from sample import compile_steps, generate_stream, verify
+
+
+def speculate(model, idx, n, **kwargs):
+    return torch.cat([idx, *generate_stream(model, idx, n, **kwargs)], 1)
 
 
 def plain_greedy(model, idx, n):
@@ -25,12 +29,14 @@ def plain_greedy(model, idx, n):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_greedy_is_the_argmax_of_the_whole_forward(make_model, depth, batch, monkeypatch):
     monkeypatch.setattr(model_module, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr(sample, "PREFILL_CHUNK", 5)
     model = make_model(num_nextn_predict_layers=depth)
     for T in (1, 2, 12):
         idx = torch.randint(0, 61, (batch, T))
         expected = plain_greedy(model, idx, 20)
+        assert torch.equal(model.generate(idx, 20, temperature=0), expected)
         for speculative in (None, False):
-            assert torch.equal(model.generate(idx, 20, temperature=0, speculative=speculative), expected)
+            assert torch.equal(speculate(model, idx, 20, temperature=0, speculative=speculative), expected)
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler on a CPU")
@@ -48,7 +54,7 @@ def test_generated_tokens_can_be_trained_on(make_model):
     """Generation runs in inference mode, whose tensors autograd refuses: none may leave it."""
     model = make_model().train()
     idx = torch.tensor([[1, 2]])
-    for tokens in (model.generate(idx, 4), *model.generate_stream(idx, 1)):
+    for tokens in (model.generate(idx, 4), *generate_stream(model, idx, 1)):
         model(tokens, tokens)[1].backward()
     (model.decode(idx, model.new_cache(1, 2), 0) * torch.ones(61, requires_grad=True)).sum().backward()
 
@@ -80,8 +86,7 @@ def test_drafts_are_accepted_and_change_nothing(trained):
     expected = plain_greedy(trained, idx, 60)
     for rows in (idx[:1], idx):
         stats = {}
-        out = torch.cat([rows, *trained.generate_stream(rows, 60, temperature=0, stats=stats)], 1)
-        assert torch.equal(out, expected[:len(rows)])
+        assert torch.equal(speculate(trained, rows, 60, temperature=0, stats=stats), expected[:len(rows)])
         assert stats["accepted"] / stats["drafted"] > 0.7 and stats["forwards"] < 35, stats
 
 
@@ -91,11 +96,11 @@ def test_mtp_caches_are_right_after_rejections(trained, monkeypatch):
     for layer in trained.model.layers[2:]:      # worse drafts, for more rejections
         layer.eh_proj.weight.data += 0.1 * torch.randn(layer.eh_proj.weight.shape)
     calls = []
-    monkeypatch.setattr(generate, "verify", lambda drafts, q, *rest: (calls.append((drafts.clone(), q)),
-                                                                      verify(drafts, q, *rest))[1])
+    monkeypatch.setattr(sample, "verify", lambda drafts, q, *rest: (calls.append((drafts.clone(), q)),
+                                                                    verify(drafts, q, *rest))[1])
     idx = torch.tensor([[1, 2, 3, 5, 6]])
     steps, out = [], [idx]
-    for token in trained.generate_stream(idx, 90, temperature=1.0, generator=torch.Generator().manual_seed(1)):
+    for token in generate_stream(trained, idx, 90, temperature=1.0, generator=torch.Generator().manual_seed(1)):
         steps.append((len(calls), sum(t.size(1) for t in out)))
         out.append(token)
     whole = torch.cat(out, 1)
@@ -142,7 +147,7 @@ def test_speculation_keeps_the_distribution_exactly(trained, settings):
     # many rows of a batch would cut each other's drafts off: chunks of 2, with verification of depth 2
     model = trained
     for _ in range(N // 2):
-        out = torch.cat(list(model.generate_stream(idx, 3, generator=generator, stats=stats, **settings)), 1)
+        out = torch.cat(list(generate_stream(model, idx, 3, generator=generator, stats=stats, **settings)), 1)
         for row in out.tolist():
             counts[tuple(row)] += 1
     assert 0.1 < stats["accepted"] / stats["drafted"] < 0.95        # both outcomes are really tried
@@ -165,29 +170,28 @@ def test_speculation_keeps_the_distribution_exactly(trained, settings):
     assert chi2 + rest < dof + 4 * math.sqrt(2 * dof), (chi2, rest, dof)
 
 
-@pytest.mark.parametrize("speculative", [None, False])
-def test_stop_and_max_new_tokens_are_exact(trained, speculative):
+@pytest.mark.parametrize("generate", [DeepSeekV3.generate, speculate], ids=["plain", "speculative"])
+def test_stop_and_max_new_tokens_are_exact(trained, generate):
     idx = torch.tensor([[1, 2, 3], [6, 7, 8]])
     for n in (0, 1, 2, 3, 7):
-        assert trained.generate(idx, n, temperature=0, speculative=speculative).shape == (2, 3 + n)
-    free = trained.generate(idx, 12, temperature=0, speculative=speculative)
+        assert generate(trained, idx, n, temperature=0).shape == (2, 3 + n)
+    free = generate(trained, idx, 12, temperature=0)
     assert free[0].tolist() != free[1].tolist()
-    first = trained.generate(idx[:1], 12, temperature=0, speculative=speculative, stop=[6])[0].tolist()
+    first = generate(trained, idx[:1], 12, temperature=0, stop=[6])[0].tolist()
     assert first == free[0].tolist()[:free[0].tolist().index(6, 3) + 1]         # the stop token is the last one
-    both = trained.generate(idx, 12, temperature=0, speculative=speculative, stop=[0])
+    both = generate(trained, idx, 12, temperature=0, stop=[0])
     for row, unstopped in zip(both.tolist(), free.tolist()):
         end = unstopped.index(0, 3) + 1
         assert row[:end] == unstopped[:end] and set(row[end:]) <= {0}
     assert both.size(1) == max(row.index(0, 3) for row in free.tolist()) + 1
 
 
-def test_streaming_yields_what_generate_returns(trained):
-    idx = torch.tensor([[1, 2, 3]])
-    stream = trained.generate_stream(idx, 9, generator=torch.Generator().manual_seed(5))
-    assert next(stream).shape == (1, 1)
-    whole = trained.generate(idx, 9, generator=torch.Generator().manual_seed(5))
-    streamed = list(trained.generate_stream(idx, 9, generator=torch.Generator().manual_seed(5)))
-    assert torch.equal(torch.cat([idx, *streamed], 1), whole)
+def test_streaming_without_drafts_is_plain_sampling(trained):
+    idx, settings = torch.tensor([[1, 2, 3], [6, 7, 8]]), dict(temperature=1.3, top_k=5, top_p=0.9)
+    whole = trained.generate(idx, 9, **settings, generator=torch.Generator().manual_seed(5))
+    stream = generate_stream(trained, idx, 9, **settings, speculative=False, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(next(stream), whole[:, 3:4])
+    assert torch.equal(torch.cat(list(stream), 1), whole[:, 4:])
 
 
 def test_generation_does_not_touch_the_model(trained):
@@ -212,15 +216,17 @@ def test_sampling_probs():
     assert sampling_probs(logits, 1e-30).tolist() == [1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("generate", [DeepSeekV3.generate, speculate], ids=["plain", "speculative"])
 @pytest.mark.parametrize("arguments, words", [
     (dict(temperature=-1.0), "temperature"), (dict(temperature=math.nan), "temperature"), (dict(top_k=0), "top_k"),
     (dict(top_p=0.0), "top_p"), (dict(top_p=1.5), "top_p"), (dict(max_new_tokens=-1), "max_new_tokens"),
     (dict(max_new_tokens=200), "YaRN"), (dict(idx=torch.zeros(1, 0, dtype=torch.int64)), "prompt is empty")])
-def test_bad_arguments_get_one_sentence(trained, arguments, words):
+def test_bad_arguments_get_one_sentence(trained, generate, arguments, words):
+    arguments = {"idx": torch.tensor([[1, 2]]), "max_new_tokens": 3, **arguments}
     with pytest.raises(ValueError, match=words):
-        trained.generate(**{"idx": torch.tensor([[1, 2]]), "max_new_tokens": 3, **arguments})
+        generate(trained, arguments.pop("idx"), arguments.pop("max_new_tokens"), **arguments)
 
 
 def test_speculation_without_mtp_is_refused(make_model):
     with pytest.raises(ValueError, match="MTP"):
-        make_model(num_nextn_predict_layers=0).generate(torch.tensor([[1]]), 2, speculative=True)
+        speculate(make_model(num_nextn_predict_layers=0), torch.tensor([[1]]), 2, speculative=True)

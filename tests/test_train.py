@@ -631,20 +631,20 @@ def test_a_hole_is_filled(tmp_path, monkeypatch):
     prepare(tmp_path / "tokens", input=tmp_path, fim_rate=0.5)
     ok(tmp_path / "tokens", tmp_path / "out", "--max_iters", 1)
     assert checkpoint(tmp_path / "out")["config"]["vocab_size"] == 320      # 260 tokens, and no shape has changed
-    asked, stream = [], DeepSeekV3.generate_stream
+    asked, stream = [], sample.generate_stream
 
-    def fills(self, idx, new, *args, **kwargs):
+    def fills(model, idx, new, *args, **kwargs):
         asked.append((idx[0].tolist(), new))
         return iter(torch.tensor([[[token]] for token in (*b"mid", 256)]))
 
-    monkeypatch.setattr(DeepSeekV3, "generate_stream", fills)
+    monkeypatch.setattr(sample, "generate_stream", fills)
     (tmp_path / "suffix.txt").write_text(" the end")
     said = ok(None, None, "--ckpt", tmp_path / "out", "--prefix", "a é ", "--suffix", f"FILE:{tmp_path}/suffix.txt",
               script="sample.py").stdout
     assert said.endswith("-\na é mid the end\n")
     idx = [256, 257, *"a é ".encode(), 258, *b" the end", 259]
     assert asked == [(idx, 32 - len(idx))]
-    monkeypatch.setattr(DeepSeekV3, "generate_stream", stream)
+    monkeypatch.setattr(sample, "generate_stream", stream)
     done = ok(None, None, "--ckpt", tmp_path / "out", "--suffix", "<b", script="sample.py")
     assert done.stdout.endswith("<b\n")
     assert 1 <= int(done.stderr.split()[0]) <= 32 - 6       # never beyond the block, where the prefix slides out of sight

@@ -161,7 +161,8 @@ def acceptance(run):
     tokens = open_bin(run.parent / "data-stdlib" / "val.bin", read_meta(run.parent / "data-stdlib" / "meta.json"))
     stats = {}
     for i in range(20):
-        m.generate(torch.from_numpy(tokens[i * 1000:i * 1000 + 64].astype(np.int64))[None], 64, 0, stats=stats)
+        idx = torch.from_numpy(tokens[i * 1000:i * 1000 + 64].astype(np.int64))[None]
+        list(sample.generate_stream(m, idx, 64, 0, stats=stats))
     return stats["accepted"] / stats["drafted"]
 
 

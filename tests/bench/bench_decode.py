@@ -106,8 +106,7 @@ def compare(compile):
     model = DeepSeekV3(DeepSeekV3Config(**BENCH)).eval()
     print(f"config bench: {model.num_params():,} parameters, batch 1, fp32, {torch.get_num_threads()} threads")
     cache = sum(c.numel() * c.element_size() for c in model.new_cache(1, 4096 + 1))
-    for _ in model.generate_stream(torch.zeros(1, 1, dtype=torch.int64), 4096):
-        pass
+    model.generate(torch.zeros(1, 1, dtype=torch.int64), 4096)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024        # before others load their models
     print(f"4096 tokens generated: cache {cache / 2**20:.1f} MiB, peak memory of the process {peak:.0f} MiB, of which "
           f"{model.num_params() * 4 / 2**20:.0f} MiB are weights and the rest mostly PyTorch itself", flush=True)
