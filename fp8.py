@@ -118,15 +118,13 @@ def gemm_reference(a, b, dtype, ends=None):
     return torch.cat([*products, a.new_zeros(len(beyond), b.size(1))]).to(dtype)
 
 
-def wgrad_reference(dy_t, x_t, ends=None, out=None):
+def wgrad_reference(dy_t, x_t, ends=None):
     """See wgrad."""
     dy_t, x_t = dequantize(*dy_t), dequantize(*x_t)
     if ends is None:
-        dw = (dy_t @ x_t.T)[None]
-    else:
-        split = ends.tolist()
-        dw = torch.stack([d @ x.T for d, x, _ in zip(dy_t.tensor_split(split, 1), x_t.tensor_split(split, 1), split)])
-    return dw if out is None else out.add_(dw)
+        return (dy_t @ x_t.T)[None]
+    split = ends.tolist()
+    return torch.stack([d @ x.T for d, x, _ in zip(dy_t.tensor_split(split, 1), x_t.tensor_split(split, 1), split)])
 
 
 def swiglu_backward_reference(g, u, dh):
@@ -251,10 +249,10 @@ if triton is not None:
                  (rows < M)[:, None] & (cols < N)[None, :])
 
     @triton.jit
-    def wgrad_kernel(a, s_a, stride_a, b, s_b, stride_b, c, stride_c, ends, N, K, M, ACCUMULATE: tl.constexpr,
+    def wgrad_kernel(a, s_a, stride_a, b, s_b, stride_b, c, stride_c, ends, N, K, M,
                      ROWS: tl.constexpr, TMA: tl.constexpr):
         """Wgrad: c[e] (N, K) = a (N, M)·b (K, M)^T over the tokens of expert e, or all. a, b: see load_tile; s_a: (M/128,
-        N); s_b: (M/128, K); rows of the stack c are stride_c apart; ACCUMULATE: added to what c holds."""
+        N); s_b: (M/128, K); rows of the stack c are stride_c apart."""
         pid_n, pid_k = tile_of(tl.program_id(0), tl.cdiv(N, ROWS), tl.cdiv(K, TILE))
         e = tl.program_id(1)
         start, end = 0, M
@@ -268,10 +266,7 @@ if triton is not None:
             scale_a, scale_b = tl.load(s_a + t * N + rows % N), tl.load(s_b + t * K + cols % K)     # (ROWS,), (128,)
             acc += tl.dot(tile_a, tile_b.T) * scale_a[:, None] * scale_b[None, :]
         at = (e.to(tl.int64) * N + rows)[:, None] * stride_c + cols[None, :]
-        inside = (rows < N)[:, None] & (cols < K)[None, :]
-        if ACCUMULATE:
-            acc += tl.load(c + at, inside, 0.0)
-        tl.store(c + at, acc, inside)
+        tl.store(c + at, acc, (rows < N)[:, None] & (cols < K)[None, :])
 
     @triton.jit
     def swiglu_backward_kernel(g, s_g, stride_g, u, s_u, stride_u, dh, h, dg, du, M, K, ROWS: tl.constexpr):
@@ -344,18 +339,18 @@ def gemm_triton(a, b, dtype, ends=None):
     return c
 
 
-def wgrad_triton(dy_t, x_t, ends=None, out=None):
+def wgrad_triton(dy_t, x_t, ends=None):
     """See wgrad."""
     (N, M), K = dy_t.q.shape, x_t.q.size(0)
     E = 1 if ends is None else ends.size(0)
-    c = empty_aligned(E, N, K, dtype=torch.float32, device=dy_t.q.device) if out is None else out
+    c = empty_aligned(E, N, K, dtype=torch.float32, device=dy_t.q.device)
     if M == 0 or c.numel() == 0:
-        return c.zero_() if out is None else out
+        return c.zero_()
     options = launch_options(capability(c.device)[0])
     grid = -(-N // options["ROWS"]) * -(-K // 128), E
     wgrad_kernel[grid](*operand(dy_t.q, dy_t.s.T, options["ROWS"], options["TMA"]),
                        *operand(x_t.q, x_t.s.T, 128, options["TMA"]), c, c.stride(1), ends, N, K, M,
-                       ACCUMULATE=out is not None, **options)
+                       **options)
     return c
 
 
@@ -423,13 +418,13 @@ def gemm(a, b, dtype, ends=None):
         return gemm_reference(a, b, dtype, ends)
 
 
-def wgrad(dy_t, x_t, ends=None, out=None):
+def wgrad(dy_t, x_t, ends=None):
     """Wgrad: dy^T · x, (E, N, K) fp32. dy_t: Quantized (N, M), x_t: Quantized (K, M), both in 1x128 tiles; ends: as in
-    gemm, an expert without rows gets zeros. out: (E, N, K) fp32, contiguous, to which the result is added."""
+    gemm, an expert without rows gets zeros."""
     if kernels_missing(dy_t.q.device) is None:
-        return wgrad_triton(dy_t, x_t, ends, out)
+        return wgrad_triton(dy_t, x_t, ends)
     with torch.autocast(dy_t.q.device.type, enabled=False):
-        return wgrad_reference(dy_t, x_t, ends, out)
+        return wgrad_reference(dy_t, x_t, ends)
 
 
 def swiglu_backward(g, u, dh):
@@ -447,12 +442,7 @@ def output_dtype(x):
 
 
 def weight_grad(weight, dy_t, x_t, ends=None):
-    """The gradient for autograd to add to weight.grad; or, where weight has a `main_grad` (fp32, as in Megatron), None,
-    and Wgrad has added it up there itself. weight: (N, K) or a stack (E, N, K)."""
-    main_grad = getattr(weight, "main_grad", None)
-    if main_grad is None:
-        return wgrad(dy_t, x_t, ends).view_as(weight).to(weight.dtype)
-    wgrad(dy_t, x_t, ends, out=main_grad.view(-1, *main_grad.shape[-2:]))
+    return wgrad(dy_t, x_t, ends).view_as(weight).to(weight.dtype)
 
 
 class Linear(torch.autograd.Function):

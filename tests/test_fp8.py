@@ -198,15 +198,10 @@ def test_grouped_gemm_equals_the_specification_with_empty_experts(N, K):
 @needs_triton
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("N, K, M", [(128, 128, 256), (200, 130, 300), (5, 3, 1)])
-def test_wgrad_equals_the_specification_and_accumulates(N, K, M):
+def test_wgrad_equals_the_specification(N, K, M):
     dy = fp8.quantize_triton(operands(M, N, 128), cols=True)[1]
     x = fp8.quantize_triton(operands(M, K, 128, 1), cols=True)[1]
-    want = fp8.wgrad_reference(dy, x)
-    check_tiles(fp8.wgrad_triton(dy, x), want)
-    main_grad = torch.randn(1, N, K, device=DEVICE)
-    before = main_grad.clone()
-    assert fp8.wgrad_triton(dy, x, out=main_grad) is main_grad
-    check_tiles(main_grad, before + want)
+    check_tiles(fp8.wgrad_triton(dy, x), fp8.wgrad_reference(dy, x))
 
 
 @needs_triton
@@ -396,19 +391,6 @@ def test_layers_through_the_kernels_equal_the_emulation(make_config, monkeypatch
         assert emulation.any()
         # a sum that differs in its last bit may round to the next FP8 number further on
         assert relative_error(kernels, emulation) < 2e-3
-
-
-@pytest.mark.parametrize("module, D", [(FP8Linear(96, 64, bias=False), 96), (FP8MLP(96, 64), 96)])
-def test_main_grad_is_added_to_in_place(module, D):
-    x = torch.randn(70, D)
-    module(x).square().sum().backward()
-    grads = [p.grad.clone() for p in module.parameters()]
-    for p in module.parameters():
-        p.grad, p.main_grad = None, torch.ones_like(p)
-    module(x).square().sum().backward()
-    for p, grad in zip(module.parameters(), grads):
-        assert p.grad is None
-        torch.testing.assert_close(p.main_grad, grad + 1)
 
 
 def test_converts_the_right_layers_and_changes_no_name(make_model):

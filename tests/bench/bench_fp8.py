@@ -50,8 +50,8 @@ def kernel_variants(capability):
     products = {
         "gemm": (fp8.gemm_kernel, gemm, dict(ends=None, EXPERTS=1)),
         "gemm, grouped": (fp8.gemm_kernel, gemm, dict(EXPERTS=64)),
-        "wgrad": (fp8.wgrad_kernel, wgrad, dict(ends=None, ACCUMULATE=False)),
-        "wgrad, grouped, adding": (fp8.wgrad_kernel, wgrad, dict(ACCUMULATE=True))}
+        "wgrad": (fp8.wgrad_kernel, wgrad, dict(ends=None)),
+        "wgrad, grouped": (fp8.wgrad_kernel, wgrad, {})}
     quantizers = {
         "quantize 1x128": (fp8.quantize_kernel, quantize, flags | dict(x_s=None, qt=None, st=None, ROWS=True)),
         "quantize both ways": (fp8.quantize_kernel, quantize, flags | dict(x_s=None, ROWS=True, COLS=True)),
