@@ -10,8 +10,10 @@ num_hidden_layers and up, repeat embedding and head; and `weight` may be FP8 wit
 block, which multiplies. Use it as DeepSeekV3.from_pretrained and save_pretrained.
 """
 
+import argparse
 import contextlib
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -30,6 +32,49 @@ try:
     import fcntl
 except ImportError:     # not a Unix: there, nothing keeps a second process out of a run's folder
     fcntl = None
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the scripts share
+
+class Parser(argparse.ArgumentParser):
+    """The flags of a script. A mistake gets one line, with the closest flag, in place of the whole usage."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+
+    def error(self, message):
+        flags, words = list(self._option_string_actions), message.split()
+        given = [word.split("=")[0].rstrip(":,") for word in words if word.startswith("-")]
+        close = [flag for word in given if word not in flags for flag in difflib.get_close_matches(word, flags, 1)]
+        hint = f"did you mean {', '.join(close)}?" if close else "--help lists the flags"
+        self.exit(2, f"{self.prog}: {' '.join(words)[:300]}; {hint}\n")
+
+
+def pick_device(name="auto"):
+    """--device -> torch.device; under torchrun, which counts a machine's processes, each has a GPU of its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    local_rank = os.environ.get("LOCAL_RANK")
+    try:
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" and local_rank else name)
+        torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0].split(". ")[0]
+        raise ValueError(f"--device {name} can't be used here ({reason}); choose cuda, mps or cpu") from None
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"--device {name} can't be used here; choose cuda, mps or cpu")
+    return device
+
+
+def has_bf16(device):
+    """Whether a device computes in bfloat16 itself: not all do, and emulation is slow."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs

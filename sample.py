@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint, load_run, load_shards, read_json, released_folder
+from checkpoint import Parser, load_checkpoint, load_run, load_shards, read_json, released_folder
 from data.tokenizer import encode, encoding_from_json, fim_ids, get_tokenizer, separator, token_bytes
 from model import PREFILL_CHUNK, DeepSeekV3, DeepSeekV3Config, draw, rope_cos_sin, sampling_probs
 
@@ -282,8 +282,7 @@ def read_hole(prefix, suffix, enc, begin, window, max_new_tokens):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--ckpt", required=True, help="folder of a run, its ckpt.pt, or a released checkpoint's folder or "
                                                       "id on the Hugging Face Hub")
     parser.add_argument("--ema", action="store_true", help="the moving average of a run's weights (train.py --ema_decay)")

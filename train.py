@@ -34,8 +34,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (keep_best, load_run, load_shards, read_config, released_folder, save_run, save_shards,
-                        set_aside, sole_process, write_atomically, writing)
+from checkpoint import (Parser, has_bf16, keep_best, load_run, load_shards, pick_device, read_config,
+                        released_folder, save_run, save_shards, set_aside, sole_process, write_atomically, writing)
 from data.loader import Validation, open_data
 from data.tokenizer import encoding_from_json, get_tokenizer, same_ids, token_bytes
 from model import MTP, DeepSeekV3, DeepSeekV3Config, Gate
@@ -110,8 +110,7 @@ def parse_args(argv):
             kind = dict(type={"q_lora_rank": int_or_none, "rope_scaling": json.loads}.get(f.name, f.type))
         return dict(default=argparse.SUPPRESS, help=f.metadata.get("help"), **kind)
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = Parser(__doc__)
     for f in dataclasses.fields(TrainConfig):
         parser.add_argument(f"--{f.name}", **flag(f))
     group = parser.add_argument_group("the model's config (defaults: the preset's)")
@@ -221,24 +220,12 @@ FIXED_ON_RESUME = ("preset", "init_from", "fp8", "seed", "block_size", "batch_ra
                    "fsdp")
 
 
-def pick_device(cfg):
-    """-> torch.device, dtype of the computation."""
-    name = cfg.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        local_rank = os.environ.get("LOCAL_RANK")
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" and local_rank else name)
-        torch.zeros(1, device=device)
-        if device.index is not None:
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name} can't be used here: {str(e).splitlines()[0]}") from None
+def pick_dtype(cfg, device):
+    """-> dtype of the computation."""
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16")
-    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda"
-                                       and torch.cuda.is_bf16_supported(False))
-    return device, torch.bfloat16 if bf16 else torch.float32
+    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda" and has_bf16(device))
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def keep_freed_memory():
@@ -565,7 +552,8 @@ def run(given, rank, world):
     if rank > 0:        # rank 0 goes first: it prepares the data, and says what is wrong
         dist.broadcast(torch.zeros(1), 0)
     cfg, config, ckpt = configure(given)
-    device, dtype = pick_device(cfg)
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg, device)
     meta, encoding, data = open_data(cfg, config, ckpt is not None or "vocab_size" in given or bool(cfg.init_from),
                                      rank)
     if cfg.init_from and not ckpt and not same_ids(encoding_from_json(encoding), get_tokenizer(cfg.init_from)):
