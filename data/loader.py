@@ -10,16 +10,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import crc32
 from data.prepare import prepare
 from data.tokenizer import encoding_from_json, token_lengths
 
 
 def open_bin(path, meta):
     """The tokens of a .bin file, (n,) uint16 or uint32, mapped from disk."""
-    size = np.dtype(meta["dtype"]).itemsize
-    if path.stat().st_size % size:
-        raise ValueError(f"{path} is cut off in the middle of a token; delete the folder and prepare the data again")
+    size, itemsize = path.stat().st_size, np.dtype(meta["dtype"]).itemsize
+    tokens = meta.get(f"{path.stem}_tokens", size // itemsize)      # data of other making may not record it
+    if size != tokens * itemsize:
+        raise ValueError(f"{path} has {size:,} bytes in place of {tokens * itemsize:,}: cut off, or changed since it was "
+                         "prepared; delete the folder and prepare the data again")
     return np.memmap(path, meta["dtype"], mode="r")
 
 
@@ -55,7 +56,7 @@ class Tokens:
             raise ValueError(f"{self.path} holds token {rows.max()}, outside the model's vocabulary of "
                              f"{self.vocab_size}; prepare the data again, or raise --vocab_size")
         rows = torch.from_numpy(rows.astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 def read_meta(path):
@@ -83,17 +84,12 @@ def open_data(cfg, config, vocab_size_given, rank=0):
         if not (data_dir / name).stat().st_size:
             raise ValueError(f"{data_dir / name} is empty; delete the folder and prepare the data again")
     meta = read_meta(data_dir / "meta.json")
-    for name in ("train.bin", "val.bin"):       # all of it: nothing less notices a flipped bit
-        found = crc32(data_dir / name)
-        if meta.setdefault(name + "_crc32", found) != found:    # data of other making may have none
-            raise ValueError(f"{data_dir / name} is not what was prepared: damaged, cut off or changed since; delete "
-                             "the folder and prepare the data again")
     encoding = (data_dir / "encoding.json").read_text(encoding="utf-8")
     if not vocab_size_given:
         config.vocab_size = -(-meta["vocab_size"] // 64) * 64       # a multiple of 64: tensor cores like it
-    elif meta["vocab_size"] > config.vocab_size:
-        raise ValueError(f"the data in {data_dir} have a vocabulary of {meta['vocab_size']} tokens, which doesn't fit "
-                         f"--vocab_size {config.vocab_size}; raise it, or leave the flag out")
+    elif (highest := meta.get("max_token", meta["vocab_size"] - 1)) >= config.vocab_size:
+        raise ValueError(f"the data in {data_dir} hold token {highest}, which doesn't fit --vocab_size "
+                         f"{config.vocab_size}; raise it, or leave the flag out")
     return meta, encoding, Tokens(data_dir / "train.bin", meta, cfg.block_size, config.vocab_size, cfg.seed)
 
 

@@ -8,6 +8,7 @@
 
 A .bin file is a flat array of token ids, np.memmap(file, dtype=meta["dtype"]):
     separator, document, separator, document, ...            # the separator stands *before* each document
+A released tokenizer's separator is its end of a text; if it begins texts with a token, that follows the separator.
 The last 10% of the raw bytes are val. The cut is made before tokenising, so that every tokenizer is judged on the
 same text; a document that lies across the cut goes on in val without a separator.
 
@@ -34,8 +35,8 @@ import tiktoken
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that this file runs as a script and imports as a module
 
-from data.tokenizer import (BYTES, encode, encoding_to_json, fim_ids, get_tokenizer, separator, token_lengths,  # noqa: E402
-                            with_fim)
+from data.tokenizer import (BYTES, FIM, encode, encoding_to_json, fim_ids, get_tokenizer, read_ends,  # noqa: E402
+                            token_lengths, with_special_tokens)
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 FINEWEB_BYTES = 1_000_000_000  # of text, where --source fineweb stops
@@ -128,8 +129,9 @@ def fineweb():
 
 def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.0) -> dict:
     """Tokenises a source (or the file or folder `input`) into out_dir. Returns the contents of meta.json: dtype,
-    vocab_size, tokenizer, separator (an id), bytes_per_token, source, documents, {train,val}_tokens, {train,val}_bytes,
-    {train,val}.bin_crc32 (of the whole file: train.py checks it); with fim_rate also that and fim_documents.
+    vocab_size, tokenizer, separator (an id), bos, eos, add_bos (see Ends), source, documents, bytes_per_token, max_token
+    (the highest id in the data), {train,val}_tokens, {train,val}_bytes, {train,val}.bin_crc32 (by which a resumed run
+    knows its data); with fim_rate also that and fim_documents.
 
     All or nothing: when it raises (ValueError for bad input, OSError, ImportError, KeyboardInterrupt), an earlier
     dataset in out_dir is untouched and nothing is left beside it. Memory: one document with its tokens at a time.
@@ -138,14 +140,17 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
     if not 0 <= fim_rate <= 1:
         raise ValueError(f"--fim_rate must be from 0 to 1, got {fim_rate}")
     docs, enc = documents(source, input, out_dir), get_tokenizer(tokenizer)
+    ends = read_ends(tokenizer, enc)
     if fim_rate:
-        enc = with_fim(enc)
+        enc = with_special_tokens(enc, FIM)
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir) as staged:  # removed whatever happens
         staged = Path(staged)
         meta = {"dtype": "uint16" if enc.n_vocab <= 1 << 16 else "uint32", "vocab_size": enc.n_vocab,
-                "tokenizer": enc.name, "separator": separator(enc), "source": Path(input).name if input else source}
-        meta |= write_tokens(docs, enc, meta["dtype"], staged, fim_rate)
+                "tokenizer": enc.name, "separator": ends.eos[0], "bos": ends.bos,
+                "eos": list(ends.eos), "add_bos": ends.add_bos,
+                "source": Path(input).name if input else source}
+        meta |= write_tokens(docs, enc, ends, meta["dtype"], staged, fim_rate)
         for name, text in ("encoding.json", encoding_to_json(enc)), ("meta.json", json.dumps(meta, indent=2) + "\n"):
             with open(staged / name, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -159,9 +164,9 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
     return meta
 
 
-def write_tokens(docs, enc: tiktoken.Encoding, dtype: str, where: Path, fim_rate=0.0) -> dict:
+def write_tokens(docs, enc: tiktoken.Encoding, ends, dtype: str, where: Path, fim_rate=0.0) -> dict:
     """Writes train.bin and val.bin of docs (non-empty UTF-8 bytes) into `where`; returns the counts for meta.json."""
-    lengths, sep = token_lengths(enc), [separator(enc)]
+    lengths, before = token_lengths(enc), [ends.eos[0], ends.bos] if ends.add_bos else [ends.eos[0]]
     is_bytes = enc._mergeable_ranks == BYTES  # then the text *is* its tokens: no list of a billion ints for a GB of it
 
     with contextlib.ExitStack() as stack:
@@ -170,11 +175,14 @@ def write_tokens(docs, enc: tiktoken.Encoding, dtype: str, where: Path, fim_rate
         total = sum(sizes)
         cut = total * 9 // 10
         raw.seek(0)
-        crcs = {train: 0, val: 0}
+        crcs, max_token = {train: 0, val: 0}, 0
 
         def write(file, ids) -> None:
-            file.write(part := np.asarray(ids, dtype).tobytes())
-            crcs[file] = zlib.crc32(part, crcs[file])
+            nonlocal max_token
+            ids = np.asarray(ids, dtype)
+            file.write(ids.tobytes())
+            crcs[file] = zlib.crc32(ids.tobytes(), crcs[file])
+            max_token = max(max_token, int(ids.max(initial=0)))
 
         def append(file, text: bytes) -> int:
             ids = np.frombuffer(text, np.uint8) if is_bytes else np.array(encode(enc, text.decode()), dtype)
@@ -190,7 +198,7 @@ def write_tokens(docs, enc: tiktoken.Encoding, dtype: str, where: Path, fim_rate
             at = min(max(cut - start, 0), size)  # this many bytes of the document are train's
             while 0 < at < size and doc[at] & 0xC0 == 0x80:  # never inside a character
                 at -= 1
-            write(train if at > 0 else val, sep)
+            write(train if at > 0 else val, before)
             if at == size and rng.random() < fim_rate:
                 text = doc.decode()
                 a, b = sorted(rng.integers(len(text) + 1, size=2))
@@ -210,6 +218,7 @@ def write_tokens(docs, enc: tiktoken.Encoding, dtype: str, where: Path, fim_rate
         return {"documents": len(sizes), "bytes_per_token": total / tokens, "train_bytes": train_bytes,
                 "val_bytes": total - train_bytes, "train_tokens": train.tell() // np.dtype(dtype).itemsize,
                 "val_tokens": val.tell() // np.dtype(dtype).itemsize, "train.bin_crc32": crcs[train], "val.bin_crc32": crcs[val],
+                "max_token": max_token,
                 **({"fim_rate": fim_rate, "fim_documents": fims} if fim_rate else {})}
 
 

@@ -10,13 +10,14 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 
 ENDOFTEXT, DEEPSEEK_EOS, KIMI_EOS = "<|endoftext|>", "<｜end▁of▁sentence｜>", "[EOS]"
 SEPARATORS = (ENDOFTEXT, DEEPSEEK_EOS, KIMI_EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")  # the first one known
-DEEPSEEK_BOS, KIMI_BOS = "<｜begin▁of▁sentence｜>", "[BOS]"
+KNOWN_BOS = ("<｜begin▁of▁sentence｜>", "[BOS]")
 FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # as DeepSeek-V3's tokenizer names them
 BYTES = {bytes([b]): b for b in range(256)}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -45,11 +46,7 @@ def get_tokenizer(name_or_path) -> tiktoken.Encoding:
         except OSError as error:
             raise OSError(f"could not download tokenizer gpt2 ({type(error).__name__}): go online once, or give "
                           "--tokenizer bytes or a tokenizer file") from error
-    path = Path(name_or_path)
-    if path.is_dir():
-        names = [n for n in ("tokenizer.json", "tiktoken.model", "tokenizer.model", "spiece.model", "vocab.txt",
-                             "vocab.json") if (path / n).is_file()]
-        path /= names[0] if names else "tokenizer.json"
+    path = tokenizer_path(name_or_path)
     if path.name in ("tokenizer.model", "spiece.model", "vocab.txt", "vocab.json"):
         raise ValueError(f"{path}: a tokenizer in the form of {path.name} is not supported, only tokenizer.json and "
                          "tiktoken.model are")
@@ -57,12 +54,108 @@ def get_tokenizer(name_or_path) -> tiktoken.Encoding:
         raise FileNotFoundError(f"no tokenizer {name_or_path}: give bytes, gpt2, a .tiktoken file or a tokenizer.json")
     with blame(path):
         if path.name == "tiktoken.model":
-            return from_kimi(path)
-        return (from_tokenizer_json if path.suffix == ".json" else from_tiktoken_file)(path)
+            enc = from_kimi(path)
+        else:
+            enc = (from_tokenizer_json if path.suffix == ".json" else from_tiktoken_file)(path)
+    return enc if read_ends(path, enc).eos else with_special_tokens(enc, [ENDOFTEXT])
+
+
+def tokenizer_path(name_or_path) -> Path:
+    """The file of a tokenizer that may be given as the folder that holds it."""
+    path = Path(name_or_path)
+    if name_or_path not in ("bytes", "gpt2") and path.is_dir():
+        names = [n for n in ("tokenizer.json", "tiktoken.model", "tokenizer.model", "spiece.model", "vocab.txt",
+                             "vocab.json") if (path / n).is_file()]
+        path /= names[0] if names else "tokenizer.json"
+    return path
+
+
+class Ends(NamedTuple):
+    """Where texts begin and end for a model, in token ids."""
+    bos: int | None
+    eos: tuple[int, ...]    # each of them ends a text; the first one separates the documents of a data folder
+    add_bos: bool           # the model expects bos before every text
+
+    @property
+    def begin(self) -> int:
+        """The token after which a new document begins."""
+        return self.bos if self.add_bos else self.eos[0]
+
+
+def read_ends(name_or_path, enc: tiktoken.Encoding) -> Ends:
+    """Where texts begin and end with the tokenizer name_or_path, whose encoding is enc.
+
+    The files beside a release's tokenizer declare it: the ids in config.json, or in generation_config.json instead, say
+    where the model stops; the names in tokenizer_config.json say what the tokenizer puts around a text. Of several eos
+    ids, the named one comes first. Where nothing is declared, a token known to separate documents is eos (and bos too, as
+    in GPT-2); get_tokenizer makes sure that there is one.
+    """
+    path, ids, names, template = tokenizer_path(name_or_path), {}, {}, None
+    if path.name in ("tokenizer.json", "tiktoken.model"):   # a file of any other name may lie beside anything
+        for file in "config.json", "generation_config.json":
+            ids |= {key: value for key, value in read_json(path.parent / file).items() if value is not None}
+        for file in "special_tokens_map.json", "tokenizer_config.json":
+            names |= {key: value for key, value in read_json(path.parent / file).items() if value is not None}
+    if path.suffix == ".json":
+        template = template_bos(read_json(path).get("post_processor"))
+
+    bos, eos = (special_token(enc, names.get(key)) for key in ("bos_token", "eos_token"))
+    add_bos = names.get("add_bos_token", template is not None)
+    if template is not None:
+        bos = special_token(enc, template)
+    if bos is None:
+        bos = ids.get("bos_token_id")
+    stops = ids.get("eos_token_id", [])
+    stops = stops if isinstance(stops, list) else [stops]
+    if eos is not None and (eos in stops or not stops):
+        stops = [eos, *(token for token in stops if token != eos)]
+    for token in stops if bos is None else [*stops, bos]:
+        if type(token) is not int or not 0 <= token < enc.n_vocab:
+            raise ValueError(f"{path.parent}: bos or eos token {repr(token)[:100]} is not one of the tokenizer's "
+                             f"{enc.n_vocab} ids; correct config.json, generation_config.json or tokenizer_config.json")
+    if not stops:
+        stops = [i for token in SEPARATORS if (i := enc._special_tokens.get(token)) is not None][:1]
+        known = [i for token in KNOWN_BOS if (i := enc._special_tokens.get(token)) is not None]
+        bos = bos if bos is not None else next(iter(known + stops), None)
+    return Ends(bos, tuple(stops), add_bos is True and bos is not None)
+
+
+def ends_of_data(meta: dict) -> Ends:
+    """The ends that meta.json of a data folder records. Folders of other making may have the separator alone."""
+    return Ends(meta.get("bos"), tuple(meta.get("eos", [meta["separator"]])), meta.get("add_bos", False))
+
+
+def special_token(enc: tiktoken.Encoding, token) -> int | None:
+    """The id of a special token that tokenizer_config.json names, as text or as {"content": text}."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return enc._special_tokens.get(text) if isinstance(text, str) else None
+
+
+def template_bos(post_processor) -> str | None:
+    """The special token that the post_processor of a tokenizer.json puts before a text."""
+    match post_processor:
+        case {"type": "Sequence", "processors": [*parts]}:
+            pass
+        case _:
+            parts = [post_processor]
+    for part in parts:
+        match part:
+            case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(name)}}, *_]}:
+                return name
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    with blame(path):
+        content = json.loads(path.read_text("utf-8"))
+        need(isinstance(content, dict), f"a {type(content).__name__} in place of a JSON object")
+        return content
 
 
 def separator(enc: tiktoken.Encoding) -> int:
-    """Id of the token that stands before each document. Raises ValueError if the tokenizer has none."""
+    """Id of the first special token that is known to separate documents. ValueError if the tokenizer has none."""
     for token in SEPARATORS:
         if token in enc._special_tokens:
             return enc._special_tokens[token]
@@ -77,9 +170,9 @@ def fim_ids(enc: tiktoken.Encoding) -> list:
     return [enc._special_tokens[token] for token in FIM]
 
 
-def with_fim(enc: tiktoken.Encoding) -> tiktoken.Encoding:
-    """The same tokenizer with the tokens FIM, which come after all others where it doesn't have them."""
-    missing = [token for token in FIM if token not in enc._special_tokens]
+def with_special_tokens(enc: tiktoken.Encoding, tokens) -> tiktoken.Encoding:
+    """The same tokenizer with these special tokens, which come after all others where it lacks them."""
+    missing = [token for token in tokens if token not in enc._special_tokens]
     added = {token: enc.n_vocab + i for i, token in enumerate(missing)}
     return build(enc.name, enc._pat_str, enc._mergeable_ranks, enc._special_tokens | added) if added else enc
 
@@ -109,7 +202,7 @@ def encoding_to_json(enc: tiktoken.Encoding) -> str:
     """All of a tokenizer in an ASCII string, which travels inside checkpoints."""
     ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
     return json.dumps({"name": enc.name, "pat_str": enc._pat_str, "special_tokens": enc._special_tokens,
-                       "separator": separator(enc), "ranks": {base64.b64encode(t).decode(): r for t, r in ranks}})
+                       "ranks": {base64.b64encode(t).decode(): r for t, r in ranks}})
 
 
 def encoding_from_json(text: str) -> tiktoken.Encoding:
@@ -117,14 +210,11 @@ def encoding_from_json(text: str) -> tiktoken.Encoding:
     with blame("encoding json"):
         spec = json.loads(text)
         ranks = {base64.b64decode(t, validate=True): r for t, r in spec["ranks"].items()}
-        enc = build(spec["name"], spec["pat_str"], ranks, spec["special_tokens"])
-        need(separator(enc) == spec["separator"], f"separator {spec['separator']!r}")
-        return enc
+        return build(spec["name"], spec["pat_str"], ranks, spec["special_tokens"])
 
 
 def build(name: str, pat_str: str, ranks: dict, special_tokens: dict) -> tiktoken.Encoding:
-    """A checked tiktoken.Encoding (tiktoken itself panics, or silently loses text, on what is a ValueError here), with
-    <|endoftext|> added as the last id where there is no document separator."""
+    """A checked tiktoken.Encoding: tiktoken itself panics, or silently loses text, on what is a ValueError here."""
     ids = [*ranks.values(), *special_tokens.values()]
     need(all(type(i) is int and 0 <= i < 1 << 24 for i in ids), "a token id that is no integer below 2**24")
     need(len(set(ids)) == len(ids), "an id that two tokens share")
@@ -133,8 +223,6 @@ def build(name: str, pat_str: str, ranks: dict, special_tokens: dict) -> tiktoke
         need(not other.startswith(token), f"special token {other!r}, which begins with another, {token!r},")
     for byte in BYTES:
         need(byte in ranks, f"a vocabulary without a token for the byte {byte!r}")
-    if not special_tokens.keys() & SEPARATORS:
-        special_tokens = special_tokens | {ENDOFTEXT: max(ids) + 1}
     enc = tiktoken.Encoding(name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special_tokens)
     need(enc.decode(encode(enc, PROBE)) == PROBE, f"a pattern that loses text ({pat_str[:60]!r})")
     return enc
@@ -205,8 +293,9 @@ def byte_alphabet() -> dict:
     return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
-def encoding_to_tokenizer_json(enc: tiktoken.Encoding) -> dict:
-    """The inverse of from_tokenizer_json: contents of a tokenizer.json, from which Hugging Face makes the same ids."""
+def encoding_to_tokenizer_json(enc: tiktoken.Encoding, bos: int | None = None) -> dict:
+    """The inverse of from_tokenizer_json: contents of a tokenizer.json, from which Hugging Face makes the same ids,
+    with bos before each text if it is given."""
     letters = {b: c for c, b in byte_alphabet().items()}
     ranks = dict(sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]))
 
@@ -216,6 +305,13 @@ def encoding_to_tokenizer_json(enc: tiktoken.Encoding) -> dict:
     merges = [last_pair(token, rank, ranks) for token, rank in ranks.items() if len(token) > 1]
     need(all(len(pair) == 2 for pair in merges), f"a token of {enc.name} that no pair makes")
     byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    text, post_processor = {"Sequence": {"id": "A", "type_id": 0}}, None
+    if bos is not None:
+        first = {i: token for token, i in enc._special_tokens.items()}.get(bos, str(bos))
+        post_processor = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": first, "type_id": 0}}, text],
+                          "pair": [{"SpecialToken": {"id": first, "type_id": 0}}, text,
+                                   {"Sequence": {"id": "B", "type_id": 0}}],
+                          "special_tokens": {first: {"id": first, "ids": [bos], "tokens": [first]}}}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {"version": "1.0", "truncation": None, "padding": None,
             "added_tokens": [{"id": i, "content": token, **plain}
@@ -224,23 +320,23 @@ def encoding_to_tokenizer_json(enc: tiktoken.Encoding) -> dict:
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
                 {"type": "Split", "pattern": {"Regex": enc._pat_str}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", **byte_level}]},
-            "post_processor": None, "decoder": {"type": "ByteLevel", **byte_level},
+            "post_processor": post_processor, "decoder": {"type": "ByteLevel", **byte_level},
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                       "vocab": {spell(token): i for token, i in ranks.items()} | enc._special_tokens,
                       "merges": [[spell(a), spell(b)] for a, b in merges]}}
 
 
-def tokenizer_files(enc: tiktoken.Encoding) -> dict:
-    """{file name: contents} of a tokenizer for Hugging Face's PreTrainedTokenizerFast."""
-    eos = separator(enc)
+def tokenizer_files(enc: tiktoken.Encoding, ends: Ends | None = None) -> dict:
+    """{file name: contents} of a tokenizer for Hugging Face's PreTrainedTokenizerFast. bos_token_id and eos_token_id in
+    tokenizer_config.json are meant for config.json. Without `ends`, a known special token is bos and eos."""
+    bos, eos, add_bos = ends or read_ends("bytes", enc)
     names = {i: token for token, i in enc._special_tokens.items()}
-    bos = next((enc._special_tokens[t] for t in (DEEPSEEK_BOS, KIMI_BOS) if t in enc._special_tokens), eos)
-    return {"tokenizer.json": encoding_to_tokenizer_json(enc),
-            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False,
+    return {"tokenizer.json": encoding_to_tokenizer_json(enc, bos if add_bos else None),
+            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos,
                                       "add_eos_token": False, "clean_up_tokenization_spaces": False,
-                                      "bos_token": names[bos], "bos_token_id": bos,
-                                      "eos_token": names[eos], "eos_token_id": eos}}
+                                      "bos_token": names.get(bos), "bos_token_id": bos,
+                                      "eos_token": names.get(eos[0]), "eos_token_id": eos[0] if len(eos) == 1 else list(eos)}}
 
 
 def from_tokenizer_json(path: Path) -> tiktoken.Encoding:

@@ -16,8 +16,9 @@ import tiktoken
 
 import data.prepare as prep
 from data.prepare import prepare
-from data.tokenizer import (BYTES, DEEPSEEK_EOS, FIM, encoding_from_json, encoding_to_json, encoding_to_tokenizer_json,
-                            fim_ids, get_tokenizer, same_ids, separator, token_lengths, with_fim)
+from data.tokenizer import (BYTES, DEEPSEEK_EOS, FIM, Ends, encoding_from_json, encoding_to_json, encoding_to_tokenizer_json,
+                            fim_ids, get_tokenizer, same_ids, separator, token_lengths,
+                            with_special_tokens)
 
 SEP = 256  # <|endoftext|> of the bytes tokenizer
 SCRIPT = Path(prep.__file__)
@@ -86,6 +87,7 @@ def test_folder_layout_token_for_token(tmp_path):
     assert meta == json.loads((tmp_path / "out/meta.json").read_text()) == {
         "dtype": "uint16", "vocab_size": 257, "tokenizer": "bytes", "separator": SEP, "source": "in", "documents": 3,
         "bytes_per_token": 1.0, "train_bytes": 18, "val_bytes": 2, "train_tokens": 21, "val_tokens": 2,
+        "bos": SEP, "eos": [SEP], "add_bos": False, "max_token": SEP,
         **{f"{name}_crc32": zlib.crc32((tmp_path / "out" / name).read_bytes()) for name in ("train.bin", "val.bin")}}
     assert sorted(os.listdir(tmp_path / "out")) == ["encoding.json", "meta.json", "train.bin", "val.bin"]
 
@@ -199,10 +201,11 @@ def test_fim_rate_is_respected_and_deterministic(tmp_path, capsys):
 def test_fim_tokens_of_the_tokenizer_are_kept(tmp_path):
     added = [{"id": i, "content": token} for i, token in enumerate([*FIM, DEEPSEEK_EOS], 258)]
     enc = get_tokenizer(save(tmp_path / "tokenizer.json", bpe_json(added_tokens=added)))
-    assert with_fim(enc) is enc and fim_ids(enc) == [258, 259, 260]
+    assert with_special_tokens(enc, FIM) is enc and fim_ids(enc) == [258, 259, 260]
     with pytest.raises(ValueError, match="has no <｜fim▁begin｜>"):
         fim_ids(get_tokenizer("bytes"))
-    again = with_fim(encoding_from_json(encoding_to_json(with_fim(get_tokenizer("bytes")))))
+    again = with_special_tokens(get_tokenizer("bytes"), FIM)
+    again = with_special_tokens(encoding_from_json(encoding_to_json(again)), FIM)
     assert fim_ids(again) == [257, 258, 259] and separator(again) == SEP
     assert again.encode_ordinary(FIM[0]) == [*FIM[0].encode()]      # in a text they are text
 
@@ -358,7 +361,7 @@ GOOD_RANKS = json.loads(encoding_to_json(get_tokenizer("bytes")))["ranks"]
     (damaged(ranks=GOOD_RANKS | {"YWI=": 7}), "two tokens share"), (damaged(special_tokens={"x": 3}), "share"),
     (damaged(special_tokens=[]), "malformed"), (damaged(special_tokens={"": 256}), "empty token"),
     (damaged(special_tokens={"\ud800": 256}), "surrogate"), (damaged(name=None), "name"),
-    (damaged(separator=1), "separator"), (damaged(pat_str="("), "arenthesis"), (damaged(pat_str=None), "malformed"),
+    (damaged(pat_str="("), "arenthesis"), (damaged(pat_str=None), "malformed"),
     (damaged(pat_str="[a-z]+"), "loses text"), (damaged(pat_str="(?:" * 9999), "."),
     (damaged(pat_str=r"\s*"), "empty match"),
 ])
@@ -489,7 +492,7 @@ def test_tokenizer_that_loses_text_is_refused(tmp_path):
     enc = tiktoken.Encoding("lossy", pat_str="[a-z ]+", mergeable_ranks=BYTES | {b"ab": 256}, special_tokens={
         "<|endoftext|>": 257})
     with pytest.raises(ValueError, match="loses text"):
-        prep.write_tokens(iter([b"some text\n" * 9]), enc, "uint16", tmp_path)
+        prep.write_tokens(iter([b"some text\n" * 9]), enc, Ends(None, (257,), False), "uint16", tmp_path)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
