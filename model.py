@@ -133,17 +133,6 @@ class DeepSeekV3Config:
             raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
 
-    @classmethod
-    def from_json(cls, path):
-        """Read a released config.json, or the one that Hugging Face transformers 5 writes (rope_parameters).
-
-        Keys that don't concern the model are ignored. ValueError for what this code cannot honour, such as another
-        scoring function: a wrong model would load without a word otherwise. Absent keys take the defaults above,
-        but for num_nextn_predict_layers, which is 0 where the file doesn't name it.
-        """
-        import checkpoint       # the formats of files, which nobody needs in order to read the model
-        return checkpoint.config_from_json(cls, path)
-
 
 _V3_YARN = dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1,
                 mscale=1.0, mscale_all_dim=1.0)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import model
+from checkpoint import read_config
 from model import PRESETS, DeepSeekV3, DeepSeekV3Config
 
 
@@ -34,21 +35,21 @@ RELEASED = {    # config.json of the released DeepSeek-V3, keys that don't conce
 def write(tmp_path, raw):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(raw))
-    return path
+    return tmp_path
 
 
 def test_released_config_is_the_671b_preset(tmp_path):
-    assert DeepSeekV3Config.from_json(write(tmp_path, RELEASED)) == DeepSeekV3Config.preset("671b")
+    assert read_config(write(tmp_path, RELEASED)) == DeepSeekV3Config.preset("671b")
 
 
 def test_transformers_5_form_reads_the_same(tmp_path):
     raw = {k: v for k, v in RELEASED.items() if k not in ("rope_scaling", "rope_theta")}
     yarn = {k: v for k, v in RELEASED["rope_scaling"].items() if k != "type"}
     raw["rope_parameters"] = {**yarn, "rope_type": "yarn", "rope_theta": 50000.0}
-    config = DeepSeekV3Config.from_json(write(tmp_path, raw))
+    config = read_config(write(tmp_path, raw))
     assert config.rope_theta == 50000.0 and config.rope_scaling == {**yarn, "rope_type": "yarn"}
     raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 50000.0}
-    config = DeepSeekV3Config.from_json(write(tmp_path, raw))
+    config = read_config(write(tmp_path, raw))
     assert config.rope_theta == 50000.0 and config.rope_scaling is None
 
 
@@ -89,7 +90,7 @@ def test_transformers_5_form_reads_the_same(tmp_path):
 ])
 def test_what_cannot_be_honoured_is_refused(tmp_path, changes, words):
     with pytest.raises(ValueError, match="config.json") as e:
-        DeepSeekV3Config.from_json(write(tmp_path, {**RELEASED, **changes}))
+        read_config(write(tmp_path, {**RELEASED, **changes}))
     assert words in str(e.value) and len(str(e.value)) < 500
 
 
@@ -107,7 +108,7 @@ V3_YARN = {k: v for k, v in RELEASED["rope_scaling"].items() if k != "type"}
     ({"rope_scaling": None, "num_key_value_heads": 8}, None, 10000),        # MLA has no such heads
 ])
 def test_rope_is_read_as_transformers_reads_it(tmp_path, changes, scaling, theta):
-    config = DeepSeekV3Config.from_json(write(tmp_path, {**RELEASED, **changes}))
+    config = read_config(write(tmp_path, {**RELEASED, **changes}))
     assert config.rope_scaling == scaling and config.rope_theta == theta
     try:
         from transformers import DeepseekV3Config
@@ -124,7 +125,7 @@ def test_rope_is_read_as_transformers_reads_it(tmp_path, changes, scaling, theta
 def test_a_file_that_is_no_config_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="config.json"):
-        DeepSeekV3Config.from_json(tmp_path / "config.json")
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize("changes, words", [
