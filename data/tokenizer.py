@@ -29,6 +29,20 @@ KIMI_PATTERN = "|".join([
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
     r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])
+# DeepSeek-V3 splits text three times in sequence: the digits off, the runs of CJK off, the rest and those runs into words
+DEEPSEEK_SPLITS = [
+    r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
+    " ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"]
+# The same cuts by one pattern. The third split sees no further than the stretch that the first two leave it: there a digit
+# or CJK is the end of the text. What it does not match stays, as pieces of their own (last in each of the two groups).
+DEEPSEEK_PATTERN = "|".join([
+    r"\p{N}{1,3}",
+    r"[CJK&&[^\p{L}\p{M}\p{P}\p{S}]]?[CJK&&[\p{L}\p{M}]]+", r"[CJK&&[\p{P}\p{S}]]+",
+    r"[CJK&&[^\p{L}\p{M}\p{P}\p{S}]]+(?![CJK&&[\p{L}\p{M}]])",
+    r"[!-/:-@\[-`{-~][A-Za-z]+", r"[^\r\n\p{L}\p{P}\p{S}\p{N}CJK]?[\p{L}\p{M}&&[^CJK]]+",
+    r" ?[\p{P}\p{S}&&[^CJK]]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?![^\s\p{N}CJK])", r"\s+",
+    r"[^\s\p{L}\p{M}\p{P}\p{S}\p{N}CJK]+(?![\p{L}\p{M}&&[^CJK]])"]).replace("CJK", "一-龥぀-ゟ゠-ヿ")
 PROBE = "Hi, it's 1234\r\n\t   of 我们の・e\u0301 👩\u200d🚀 \u200b\0"  # each tokenizer must give this back unchanged
 
 
@@ -276,6 +290,8 @@ def from_tiktoken_file(path: Path, pat_str: str = GPT2_PATTERN, special_tokens: 
     """A file of `base64 rank` lines. It holds no pattern: we take GPT-2's by default."""
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line:    # as tiktoken does
+            continue
         try:
             token, rank = line.split()
             token, rank = base64.b64decode(token, validate=True), int(rank)
@@ -302,8 +318,14 @@ def encoding_to_tokenizer_json(enc: tiktoken.Encoding, bos: int | None = None) -
     def spell(token):
         return "".join(letters[b] for b in token)
 
-    merges = [last_pair(token, rank, ranks) for token, rank in ranks.items() if len(token) > 1]
-    need(all(len(pair) == 2 for pair in merges), f"a token of {enc.name} that no pair makes")
+    merges, ignore_merges = [], False
+    for token, rank in ranks.items():
+        pair = last_pair(token, rank, ranks)
+        if len(pair) == 2:
+            merges.append(pair)
+        elif len(token) > 1:    # no merges build it up: it is found whole, or by whatever pairs tiktoken may join
+            merges += splits(token, ranks)
+            ignore_merges = True
     byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     text, post_processor = {"Sequence": {"id": "A", "type_id": 0}}, None
     if bos is not None:
@@ -318,11 +340,12 @@ def encoding_to_tokenizer_json(enc: tiktoken.Encoding, bos: int | None = None) -
                              for token, i in sorted(enc._special_tokens.items(), key=lambda item: item[1])],
             "normalizer": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": enc._pat_str}, "behavior": "Isolated", "invert": False},
+                *({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+                  for pattern in split_patterns(enc._pat_str)),
                 {"type": "ByteLevel", **byte_level}]},
             "post_processor": post_processor, "decoder": {"type": "ByteLevel", **byte_level},
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges,
                       "vocab": {spell(token): i for token, i in ranks.items()} | enc._special_tokens,
                       "merges": [[spell(a), spell(b)] for a, b in merges]}}
 
@@ -364,6 +387,7 @@ def from_tokenizer_json(path: Path) -> tiktoken.Encoding:
 
     # tiktoken knows no merges: it joins the pair that makes the lowest id. That is the same thing if the ids grow in
     # the order of the merges, and each token, built up from its bytes, is at last made by a pair that is a merge.
+    # With ignore_merges a token may also be found whole, as tiktoken finds it, if all pairs that make it are merges.
     merges = [tuple(map(raw, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
     need(all(len(pair) == 2 for pair in merges), "a merge that is no pair")
     made = [ranks.get(a + b) for a, b in merges]
@@ -371,7 +395,9 @@ def from_tokenizer_json(path: Path) -> tiktoken.Encoding:
     need(made == sorted(made), "a merge order that differs from the order of the ids")
     merges = set(merges)
     for token, rank in ranks.items():
-        need(len(token) == 1 or last_pair(token, rank, ranks) in merges, f"token {token!r}, which no merges build up,")
+        if len(token) > 1 and last_pair(token, rank, ranks) not in merges:
+            whole = model.get("ignore_merges") and merges.issuperset(splits(token, ranks))
+            need(whole, f"token {token!r}, which no merges build up,")
     return build(path.name, one_pattern(spec.get("pre_tokenizer")), ranks, special)
 
 
@@ -386,25 +412,21 @@ def last_pair(token: bytes, rank: int, ranks: dict) -> tuple:
     return tuple(parts)
 
 
-# A pattern as a list of syntax and of atoms, each of which eats one character. What is in neither (anchors, \w, \b,
-# named groups, nested sets, ...) means one thing to Hugging Face's regex engine and another to tiktoken's.
-PATTERN = re.compile(r"(?P<syntax>\((?:\?(?:i?:|>|<?[=!])|(?!\?))|[)|?*+]|\{\d+(?:,\d*)?\}(?!\+))"
-                     r"|(?P<atom>\[\^?(?:\\.|[^\[\]\\]|(?<=&&)\[(?:\\.|[^\[\]\\])+\])+\]|\\[pP](?:\{\^?\w+\}|\w)|\\."
-                     r"|[^()|?*+{}\[\]\\^$])", re.S)
+def splits(token: bytes, ranks: dict) -> list:
+    """All pairs of tokens that make up a token."""
+    pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+    return [(a, b) for a, b in pairs if a in ranks and b in ranks]
 
 
-# How a pattern ends that one_pattern has made, and encoding_to_tokenizer_json written: it needs neither check nor gaps
-OWN_PATTERN = re.compile(r".*\|\(\?:\(\?!.*\)\[\\s\\S&&.*\]\)\+", re.S)
+# What a pattern may consist of. The rest (anchors, \w, \b, named groups, ...) means one thing to Hugging Face's regex engine
+# and another to tiktoken's.
+SYNTAX = re.compile(r"\((?:\?(?:i?:|>|<?[=!])|(?!\?))|[)|?*+]|\{\d+(?:,\d*)?\}(?!\+)"
+                    r"|\[\^?(?:\\.|[^\[\]\\]|(?<=&&)\[(?:\\.|[^\[\]\\])+\])+\]|\\[pP](?:\{\^?\w+\}|\w)|\\."
+                    r"|[^()|?*+{}\[\]\\^$]", re.S)
 
 
 def one_pattern(pre_tokenizer: dict) -> str:
-    """The single pattern that cuts text like a pre_tokenizer of splits in sequence. ValueError if we know none.
-
-    DeepSeek-V3 splits off \\p{N}{1,3}, then runs of CJK, then applies a big pattern to what lies between, and to the
-    CJK runs. Plain A|B|C is not that: C would see past the end of its stretch ("中a" is two pieces; before a digit,
-    `\\s+(?!\\S)` takes all spaces, as at the end of text). But a stretch is a run of one class of characters. So C is
-    repeated per class, each of its atoms narrowed to the class: [atom&&class] fails beyond it, as at the end of text.
-    """
+    """The single pattern that cuts text like a pre_tokenizer. ValueError if we know none."""
     need(isinstance(pre_tokenizer, dict), f"pre_tokenizer {pre_tokenizer}")
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     need(steps, "an empty pre_tokenizer")
@@ -422,43 +444,24 @@ def one_pattern(pre_tokenizer: dict) -> str:
     if end.get("use_regex", True):
         patterns.append(GPT2_PATTERN)
     need(patterns, "ByteLevel with neither use_regex nor a Split before it")
-    if len(patterns) == 1 and OWN_PATTERN.fullmatch(patterns[0]):
-        return patterns[0]
+    if patterns == DEEPSEEK_SPLITS:
+        return DEEPSEEK_PATTERN
+    need(len(patterns) == 1, f"a sequence of splits other than DeepSeek-V3's ({patterns[0][:60]!r}, then "
+                             f"{patterns[-1][:60]!r})")
+    escapes = set(re.findall(r"\\([a-zA-Z0-9])", patterns[0].replace("\\\\", "")))
+    known = "".join(part[0] for part in SYNTAX.finditer(patterns[0])) == patterns[0] and escapes <= set("pPsSdDrnt")
+    need(known, f"the regex {patterns[0][:60]!r}")
+    return with_gaps(patterns[0]) if keeps_gaps else patterns[0]
 
-    parsed = []  # each pattern as [(syntax, None) or (None, atom), ...]
-    for pattern in patterns:
-        parts = list(PATTERN.finditer(pattern))
-        escapes = set(re.findall(r"\\([a-zA-Z0-9])", pattern.replace("\\\\", "")))
-        need("".join(p[0] for p in parts) == pattern and escapes <= set("pPsSdDrnt"), f"the regex {pattern[:60]!r}")
-        parsed.append([(p["syntax"], p["atom"]) for p in parts])
-        nested = any("[" in (p["atom"] or "")[1:].replace("\\[", "") for p in parts)
-        need(len(patterns) == 1 or not nested, f"the set within a set in {pattern[:60]!r}, before or after another Split,")
-    *runs, last = patterns
 
-    def within(region: str) -> str:
-        """The last split, as it is in a stretch of text of which every character is in region."""
-        spell = {".": r"[^\n]", "-": r"\-", "&": r"\&", "~": r"\~"}  # these mean something else inside brackets
-        return "".join(syntax or f"[{spell.get(atom, atom)}&&{region}]" for syntax, atom in parsed[-1])
+def with_gaps(pattern: str) -> str:
+    """The pattern, and all that lies between its matches: tiktoken drops what it does not match."""
+    return pattern + rf"|(?:(?!{pattern})[\s\S])+"
 
-    def with_gaps(pattern: str, region: str) -> str:  # tiktoken drops what no alternative matches, so match that too
-        return pattern + rf"|(?:(?!{pattern})[\s\S&&{region}])+" * keeps_gaps
 
-    def matches_anything(pattern: str) -> bool:
-        probe = tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks=BYTES, special_tokens={})
-        return any(encode(probe, "".join(map(chr, range(start, start + 2048))))  # in parts: a search has a limit
-                   for start in range(0, 0x110000, 2048) if start != 0xD800)     # surrogates are no text
-
-    if not runs:
-        return with_gaps(last, r"[\s\S]")
-    need("(?i:" not in last, "a case-insensitive Split after another Split")
-    alternatives, classes = [], []
-    for run, parts in zip(runs, parsed):
-        atom, repeat = parts[0][1], "".join(syntax or "?" for syntax, _ in parts[1:])
-        need(atom and re.fullmatch(r"\+?|\{1,\d+\}", repeat), f"Split {run[:60]!r} (no run of a class) before another")
-        need(not any(matches_anything(f"[{atom}&&{c}]") for c in classes), f"Split {run[:60]!r} that overlaps another")
-        if repeat.startswith("{"):  # matches may touch, so the last split can't be told where each one ends
-            need(not matches_anything(within(atom)), f"Split {run[:60]!r}, whose matches are split again,")
-        alternatives.append(with_gaps(within(atom), atom) if repeat == "+" else run)
-        classes.append(atom)
-    between = f"[^{''.join(classes)}]"
-    return "|".join([*alternatives, with_gaps(within(between), between)])
+def split_patterns(pattern: str) -> list:
+    """The inverse of one_pattern: the Splits that Hugging Face needs for the same cuts."""
+    if pattern == DEEPSEEK_PATTERN:
+        return DEEPSEEK_SPLITS
+    inner = pattern[:(len(pattern) - len(with_gaps(""))) // 2]
+    return [inner if with_gaps(inner) == pattern else pattern]
