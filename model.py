@@ -646,14 +646,6 @@ class DeepSeekV3(nn.Module):
         for gate, layer_load in zip(gates, load):
             gate.update_bias(layer_load, self.config.bias_update_speed if speed is None else speed)
 
-    def param_groups(self, weight_decay=0.1):
-        """Groups for an optimizer: hidden matrices (what Muon takes), embedding and head, and norms, without decay."""
-        ends = {id(self.model.embed_tokens.weight), id(self.lm_head.weight)}
-        params = list(self.parameters())
-        return [{"params": [p for p in params if p.dim() > 1 and id(p) not in ends], "weight_decay": weight_decay},
-                {"params": [p for p in params if id(p) in ends], "weight_decay": weight_decay},
-                {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}]
-
     def num_params(self, active=False, mtp=False):
         """Number of parameters of the main model, embedding and head included. The router biases are buffers and not
         counted. active: only those that one token meets (K of E routed experts). mtp: the MTP modules too."""

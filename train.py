@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -39,6 +38,7 @@ from checkpoint import (Parser, has_bf16, keep_best, load_run, load_shards, pick
 from data.loader import Validation, open_data
 from data.tokenizer import encoding_from_json, get_tokenizer, same_ids, token_bytes
 from model import MTP, DeepSeekV3, DeepSeekV3Config, Gate
+from optim import batch_sizes, make_optimizers, schedule
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,96 +240,7 @@ def keep_freed_memory():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimization
-
-def batch_sizes(cfg):
-    """(max_iters,) int: the sequences of each step's micro-batches. With --batch_ramp they grow from a fifth to all over
-    the first 469B of 14.8T tokens (§4.2: 3072 to 15360), which are 5.17% of the steps where growth is linear in these."""
-    ramp = 0.2 + 0.8 * np.arange(cfg.max_iters) / (0.0517 * cfg.max_iters)
-    return (cfg.batch_size * (ramp.clip(max=1) if cfg.batch_ramp else np.ones(cfg.max_iters))).round().astype(int)
-
-
-def schedule(progress):
-    """The report's schedules (§4.2) over a run's progress in [0, 1]: factors of learning rate, gamma and lambda.
-    Progress is the share of the run's tokens, which --batch_ramp makes another one than that of its steps.
-
-    The report's 14.8T tokens: learning rate warmed up (2K steps; here 2% of the run), constant up to 10T, cosine down
-    to a tenth up to 14.3T, a tenth, and for the last 167B tokens 0.033; gamma 0.001 up to 14.3T, then 0; lambda 0.3 up
-    to 10T, then 0.1.
-    """
-    warm, constant, decayed, last = 0.02, 10 / 14.8, 14.3 / 14.8, 14.633 / 14.8
-    if progress < warm:
-        lr = progress / warm
-    elif progress < constant:
-        lr = 1.0
-    elif progress < decayed:
-        lr = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (progress - constant) / (decayed - constant)))
-    else:
-        lr = 0.1 if progress < last else 0.033
-    return lr, 1.0 if progress < decayed else 0.0, 1.0 if progress < constant else 1 / 3
-
-
-class StackedMuon(torch.optim.Optimizer):
-    """torch.optim.Muon for stacks of matrices (E, out, in), which it refuses: each expert's matrix is orthogonalized by
-    itself, all of a stack in one batch. (As E parameters of torch.optim.Muon they take several times as long.)"""
-
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                average = self.state[p]["momentum_buffer"]
-                average.lerp_(p.grad, 1 - group["momentum"])
-                x = p.grad.lerp(average, group["momentum"])         # Nesterov's look ahead
-                if tall := p.size(1) > p.size(2):
-                    x = x.mT
-                x = x.bfloat16() if x.is_cuda else x                # small bf16 products are slow on a CPU
-                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-                for _ in range(5):                                  # Newton-Schulz, with torch.optim.Muon's coefficients
-                    gram = x @ x.mT
-                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-                rate = group["lr"] * 0.2 * max(p.shape[1:]) ** 0.5  # "match_rms_adamw"
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(rate * (x.mT if tall else x))
-
-
-class BF16AdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW with its two moments stored in bfloat16 (§3.3.3), half their memory. Weights, gradients and the
-    arithmetic stay in fp32."""
-
-    def __init__(self, params, lr, betas, eps=1e-8):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        for state in self.state.values():       # torch gives them the dtype of the weights
-            state |= {name: state[name].bfloat16() for name in ("exp_avg", "exp_avg_sq")}
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state |= {"step": 0, "exp_avg": torch.zeros_like(p, dtype=torch.bfloat16),
-                              "exp_avg_sq": torch.zeros_like(p, dtype=torch.bfloat16)}
-                state["step"] += 1
-                m = state["exp_avg"].float().lerp_(p.grad, 1 - beta1)
-                v = state["exp_avg_sq"].float().mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                state["exp_avg"].copy_(m)
-                state["exp_avg_sq"].copy_(v)
-                denominator = v.div_(1 - beta2 ** state["step"]).sqrt_().add_(group["eps"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1 ** state["step"]))
-
+# The model and its average
 
 class EMA:
     """Exponential moving average of weights and router biases in the CPU's memory (§3.2.2): an early estimate of what the
@@ -466,23 +377,6 @@ def build_model(cfg, config, device, dtype, init_from):
     return model
 
 
-def make_optimizers(model, cfg, device):
-    """AdamW as in §4.2, or Muon for the hidden matrices, its update scaled to AdamW's size so that they share a rate."""
-    groups = model.param_groups(weight_decay=0.1)
-    optimizers = []
-    if cfg.optimizer == "muon":
-        hidden = groups.pop(0)
-        settings = dict(lr=cfg.learning_rate, weight_decay=hidden["weight_decay"])
-        matrices, stacks = ([p for p in hidden["params"] if p.dim() == n] for n in (2, 3))
-        optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings))
-        if stacks:
-            optimizers.append(StackedMuon(stacks, **settings))
-    settings = dict(lr=cfg.learning_rate, betas=(0.9, 0.95))
-    optimizers.append(BF16AdamW(groups, **settings) if cfg.bf16_moments else
-                      torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"), **settings))
-    return optimizers
-
-
 def peak_flops(device):
     """Dense bf16 FLOP/s of the card, from its maker's data sheet, or None where unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -577,7 +471,7 @@ def run(given, rank, world):
     torch.use_deterministic_algorithms(cfg.deterministic)
     raw_model = build_model(cfg, config, device, dtype, None if ckpt else cfg.init_from)
     config = raw_model.config       # a released model may come without its MTP modules
-    optimizers = make_optimizers(raw_model, cfg, device)
+    optimizers = make_optimizers(raw_model, cfg.optimizer, cfg.learning_rate, cfg.bf16_moments)
     step, samples, skipped, log, best = 0, 0, 0, [], {"val_loss": math.inf, "iter": 0}
     if ckpt:
         if cfg.fsdp:
@@ -635,7 +529,7 @@ def run(given, rank, world):
 
     saved = out_dir / ("ckpt" if cfg.fsdp else "ckpt.pt")
     sequences_per_step = world * cfg.batch_size * cfg.gradient_accumulation_steps
-    sizes = batch_sizes(cfg)
+    sizes = batch_sizes(cfg.batch_size, cfg.max_iters, cfg.batch_ramp)
     sequences = (sizes * (world * cfg.gradient_accumulation_steps)).cumsum()        # up to and with each step
     flops_per_token, peak = raw_model.flops_per_token(cfg.block_size), peak_flops(device)
     peak = peak and peak * world

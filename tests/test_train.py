@@ -23,6 +23,7 @@ from checkpoint import load_checkpoint, write_atomically
 from data.loader import Tokens, Validation
 from data.prepare import prepare
 from model import DeepSeekV3, DeepSeekV3Config
+from optim import batch_sizes, schedule
 
 ROOT = Path(__file__).parent.parent
 SHAPE = ("--hidden_size 32 --intermediate_size 48 --moe_intermediate_size 16 --num_hidden_layers 2 "
@@ -292,33 +293,16 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path):
         Tokens(tmp_path / "train.bin", {"dtype": "uint16"}, 16, 64, seed=1).batch(0, 5)
 
 
-def test_schedule_has_the_report_s_corners():
-    lr = lambda tokens: train.schedule(tokens / 14.8e12)[0]
-    assert train.schedule(0)[0] == 0 and train.schedule(0.01)[0] == pytest.approx(0.5) and train.schedule(0.02)[0] == 1
-    assert lr(9.99e12) == 1 and lr(14.29e12) == pytest.approx(0.1, abs=1e-4)
-    assert lr((10e12 + 14.3e12) / 2) == pytest.approx(0.55, abs=1e-6)        # half-way down the cosine
-    assert 2.2e-4 * lr(14.4e12) == pytest.approx(2.2e-5) and 2.2e-4 * lr(14.7e12) == pytest.approx(7.3e-6, rel=0.01)
-    assert [train.schedule(t / 14.8)[1] for t in (0, 14.2, 14.31, 14.8)] == [1, 1, 0, 0]                 # gamma
-    assert [0.3 * train.schedule(t / 14.8)[2] for t in (0, 9.9, 10.01, 14.8)] == pytest.approx([0.3, 0.3, 0.1, 0.1])
-
-
-def test_the_batch_ramps_over_the_report_s_share_of_the_tokens(data_dir, tmp_path, monkeypatch):
-    sizes = train.batch_sizes(train.TrainConfig(batch_ramp=True, max_iters=100_000, batch_size=15360))
-    tokens = sizes.cumsum() / sizes.sum()
-    assert sizes[0] == 3072 and sizes.max() == 15360 and (np.diff(sizes) >= 0).all()
-    assert tokens[sizes.argmax()] == pytest.approx(469e9 / 14.8e12, rel=0.01) and (sizes[sizes.argmax():] == 15360).all()
-    assert train.batch_sizes(train.TrainConfig(batch_ramp=True, max_iters=30, batch_size=16)).tolist() == [3, 11] + 28 * [16]
-    assert train.batch_sizes(train.TrainConfig(max_iters=3, batch_size=4)).tolist() == [4, 4, 4]
-
+def test_a_run_with_a_ramped_batch_follows_its_tokens_and_resumes(data_dir, tmp_path, monkeypatch):
     flags = ["--max_iters", 30, "--batch_size", 10, "--gradient_accumulation_steps", 2, "--batch_ramp", "--log_interval", 1,
              "--eval_interval", 30, "--learning_rate", 0.01]
     ok(data_dir, tmp_path / "whole", *flags)
-    sizes = train.batch_sizes(train.TrainConfig(batch_ramp=True, max_iters=30, batch_size=10))
+    sizes = batch_sizes(10, 30, ramp=True)
     assert sizes.tolist() == [2, 7] + 28 * [10]
     done = 2 * sizes.cumsum()
     assert checkpoint(tmp_path / "whole")["samples"] == done[-1]
     for entry, n in zip(log(tmp_path / "whole"), done, strict=True):       # the schedules follow the tokens
-        assert entry["lr"] == pytest.approx(0.01 * train.schedule(n / done[-1])[0], rel=1e-12)
+        assert entry["lr"] == pytest.approx(0.01 * schedule(n / done[-1])[0], rel=1e-12)
     interrupt(monkeypatch, 3)
     with pytest.raises(SystemExit):
         ok(data_dir, tmp_path / "cut", *flags)
@@ -425,60 +409,6 @@ def test_samples_leave_the_run_as_it_is(data_dir, tmp_path, monkeypatch):
     ok(data_dir, tmp_path / "b", "--max_iters", 4, "--eval_interval", 1)
     assert_equal_runs(tmp_path / "a", tmp_path / "b")
     assert torch.equal(checkpoint(tmp_path / "a")["rng_state"], checkpoint(tmp_path / "b")["rng_state"])
-
-
-def test_weight_decay_touches_matrices_only():
-    model = DeepSeekV3(DeepSeekV3Config.preset("tiny"))
-    optimizer, = train.make_optimizers(model, train.TrainConfig(learning_rate=1e-3), torch.device("cpu"))
-    decayed = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-    assert len(decayed) == len(list(model.parameters())) and all(g["betas"] == (0.9, 0.95) for g in optimizer.param_groups)
-    for name, p in model.named_parameters():
-        assert decayed[id(p)] == (0.0 if "norm" in name else 0.1), name
-
-
-def test_bf16_moments_follow_adamw_and_are_half_the_size():
-    torch.manual_seed(1)
-    mine, theirs = (torch.nn.Parameter(torch.ones(50, 40)) for _ in range(2))
-    settings = dict(lr=0.01, betas=(0.9, 0.95))
-    bf16 = train.BF16AdamW([{"params": [mine], "weight_decay": 0.1}], **settings)
-    fp32 = torch.optim.AdamW([{"params": [theirs], "weight_decay": 0.1}], **settings)
-    for step in range(50):
-        mine.grad = theirs.grad = torch.randn(50, 40) + 0.3
-        bf16.step()
-        fp32.step()
-        if step == 0:       # nothing has been rounded yet
-            torch.testing.assert_close(mine, theirs)
-        if step == 25:      # as a checkpoint does
-            bf16.load_state_dict(bf16.state_dict())
-    moved = (theirs - 1).abs().mean()
-    assert moved > 0.1 and (mine - theirs).abs().mean() < 0.01 * moved and not torch.equal(mine, theirs)
-    assert {t.dtype for k, t in bf16.state[mine].items() if k != "step"} == {torch.bfloat16}
-
-
-def test_muon_takes_the_hidden_matrices_and_each_expert_by_itself():
-    model = DeepSeekV3(DeepSeekV3Config.preset("tiny"))
-    muon, stacked, adamw = train.make_optimizers(model, train.TrainConfig(learning_rate=0.01, optimizer="muon"),
-                                        torch.device("cpu"))
-    experts = model.model.layers[1].mlp.experts
-    before_up = experts.up_proj.detach().clone()
-    before, untouched = experts.down_proj.detach().clone(), model.lm_head.weight.detach().clone()
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    experts.down_proj.grad[3] = 0       # an expert without a token
-    muon.step()
-    stacked.step()
-    update = before * (1 - 0.01 * 0.1) - experts.down_proj.detach()
-    assert torch.equal(model.lm_head.weight, untouched) and torch.all(update[3].abs() < 1e-7)
-    for stack, was in (experts.down_proj, before), (experts.up_proj, before_up):     # tall and wide
-        for e in (0, 5):        # as torch.optim.Muon has it, but for its bf16
-            alone = torch.nn.Parameter(was[e].clone())
-            reference = torch.optim.Muon([alone], lr=0.01, adjust_lr_fn="match_rms_adamw")
-            alone.grad = stack.grad[e]
-            reference.step()
-            torch.testing.assert_close(stack[e] - was[e], alone - was[e], rtol=0.05, atol=1e-4)
-    names = {id(p): name for name, p in model.named_parameters()}
-    by_adamw = {names[id(p)] for g in adamw.param_groups for p in g["params"]}
-    assert {n for n in names.values() if "norm" in n} | {"lm_head.weight", "model.embed_tokens.weight"} == by_adamw
 
 
 @pytest.mark.parametrize("flags, words", [

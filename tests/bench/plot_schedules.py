@@ -12,14 +12,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train  # noqa: E402
+from optim import batch_sizes, schedule  # noqa: E402
 from runs import pyplot  # noqa: E402
 
 
 def plot(path):
-    sizes = train.batch_sizes(train.TrainConfig(batch_ramp=True, max_iters=10_000, batch_size=15360))
+    sizes = batch_sizes(15360, 10_000, ramp=True)
     progress = sizes.cumsum() / sizes.sum()
-    lr, gamma, lam = np.array([train.schedule(p) for p in progress]).T
+    lr, gamma, lam = np.array([schedule(p) for p in progress]).T
     panels = [(2.2e-4 * lr, "learning rate (peak 2.2e-4)"), (sizes, "batch size, sequences"),
               (0.001 * gamma, "γ, speed of the router's bias"), (0.3 * lam, "λ, weight of MTP's loss")]
     fig, axes = pyplot().subplots(2, 2, figsize=(8, 4.4), layout="constrained", sharex=True)

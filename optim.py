@@ -1,0 +1,144 @@
+"""
+Optimization as in §4.2 of the report: schedules, batch size ramp, AdamW (with moments in BF16, §3.3.3), and Muon, which
+the report does not have and a small model profits from.
+
+    batch_sizes, schedule -> Muon, BF16AdamW -> param_groups -> make_optimizers
+"""
+
+import math
+
+import numpy as np
+import torch
+
+
+def batch_sizes(batch_size, max_iters, ramp=False):
+    """(max_iters,) int: the sequences of a micro-batch at each step. With ramp they grow from a fifth of batch_size to
+    all of it over the first 469B of 14.8T tokens (§4.2: 3072 to 15360), which are the first 5.17% of the steps."""
+    share = np.ones(max_iters)
+    if ramp:
+        share = (0.2 + 0.8 * np.arange(max_iters) / (0.0517 * max_iters)).clip(max=1)
+    return (batch_size * share).round().astype(int)
+
+
+def schedule(progress):
+    """The report's schedules (§4.2): factors of the learning rate, gamma and lambda.
+
+    progress: the share of the run's tokens that have been seen, in [0, 1]. Of the report's 14.8T tokens, the learning
+    rate warms up (2K steps; here 2% of the run), is constant up to 10T, follows a cosine down to a tenth up to 14.3T,
+    stays there, and is 0.033 for the last 167B. gamma is 0.001 up to 14.3T, then 0; lambda is 0.3 up to 10T, then 0.1.
+    """
+    warm, constant, decayed, last = 0.02, 10 / 14.8, 14.3 / 14.8, 14.633 / 14.8
+    if progress < warm:
+        lr = progress / warm
+    elif progress < constant:
+        lr = 1.0
+    elif progress < decayed:
+        lr = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (progress - constant) / (decayed - constant)))
+    else:
+        lr = 0.1 if progress < last else 0.033
+    gamma = 1.0 if progress < decayed else 0.0
+    lam = 1.0 if progress < constant else 1 / 3
+    return lr, gamma, lam
+
+
+def orthogonalize(x):
+    """Newton-Schulz: (..., m, n) matrices with singular values near 1 and the singular vectors of x, each by itself."""
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    x = x.bfloat16() if x.is_cuda else x        # small bf16 products are slow on a CPU
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon (adjust_lr_fn="match_rms_adamw") that also takes stacks of matrices (E, m, n): every expert's
+    matrix is orthogonalized by itself, all of a stack in one batch. The update has the size of AdamW's, so both can
+    share a learning rate."""
+
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                average = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalize(p.grad.lerp(average, group["momentum"]))     # Nesterov's look ahead
+                size = 0.2 * max(p.shape[-2:]) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * size)
+
+
+def bf16_adamw(p, grad, m, v, step, lr, beta1, beta2, eps, weight_decay):
+    """One step of AdamW in place; p and grad in fp32, the moments m and v rounded to bf16 after use. About a dozen
+    kernels in eager mode, one when compiled."""
+    mean = m.float().lerp(grad, 1 - beta1)
+    square = v.float().lerp(grad.square(), 1 - beta2)
+    m.copy_(mean)
+    v.copy_(square)
+    denominator = (square / (1 - beta2 ** step)).sqrt() + eps
+    p.copy_(p * (1 - lr * weight_decay) - lr / (1 - beta1 ** step) * mean / denominator)
+
+
+class BF16AdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW with both moments stored in bfloat16 (§3.3.3), in half the memory. Weights, gradients and the
+    arithmetic stay in fp32."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        on_gpu = self.param_groups[0]["params"][0].is_cuda
+        self.update = torch.compile(bf16_adamw, dynamic=True) if on_gpu else bf16_adamw
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for state in self.state.values():       # torch casts them to the dtype of the weights
+            state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].bfloat16(), state["exp_avg_sq"].bfloat16()
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr = torch.tensor(group["lr"])      # tensors, because torch.compile takes a new number for a new constant
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
+                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
+                state["step"] += 1
+                # detached, as torch.compile gives Parameters static shapes and so compiles for each
+                self.update(p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], lr, *group["betas"],
+                            group["eps"], group["weight_decay"])
+
+
+def param_groups(model, weight_decay=0.1):
+    """Three groups: hidden matrices (what Muon takes), embedding and head, and norms, which do not decay."""
+    ends = {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
+    params = list(model.parameters())
+    return [{"params": [p for p in params if p.dim() > 1 and id(p) not in ends], "weight_decay": weight_decay},
+            {"params": [p for p in params if id(p) in ends], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}]
+
+
+def make_optimizers(model, kind="adamw", learning_rate=1e-3, bf16_moments=False):
+    """-> list of optimizers: AdamW as in §4.2; or, of kind "muon", Muon for the hidden matrices and AdamW for the rest."""
+    groups, optimizers = param_groups(model), []
+    if kind == "muon":
+        optimizers.append(Muon(groups[:1], learning_rate))
+        groups = groups[1:]
+    if bf16_moments:
+        optimizers.append(BF16AdamW(groups, learning_rate))
+    else:
+        fused = model.lm_head.weight.device.type in ("cuda", "cpu")
+        optimizers.append(torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95), fused=fused))
+    return optimizers
