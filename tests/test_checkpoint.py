@@ -21,7 +21,7 @@ import sample
 import train
 from checkpoint import load_checkpoint
 from data.prepare import prepare
-from data.tokenizer import (BYTES, DEEPSEEK_EOS, KIMI_PATTERN, build, encode, encoding_to_tokenizer_json, get_tokenizer,
+from data.tokenizer import (BYTES, DEEPSEEK_EOS, KIMI_PATTERN, Ends, build, encode, encoding_to_tokenizer_json, get_tokenizer,
                             token_bytes, tokenizer_files)
 from fp8 import quantize_reference, weight_dequant
 from model import MLA, DeepSeekV3
@@ -685,11 +685,11 @@ def edit(path, **changes):
 def test_sample_from_a_released_checkpoint(exported, capsys):
     model, dir = exported
     want = model.generate(torch.tensor([list(b"ab")]), 12, temperature=0, stop=[256])[0, 2:].tolist()
-    loaded, enc, begin, prepend, stop, window = sample.load(dir, "cpu")
+    loaded, enc, ends, window = sample.load(dir, "cpu")
     equal(loaded, model)
     config = json.loads((dir / "config.json").read_text())      # what vLLM and others stop at
-    assert config["bos_token_id"] == config["eos_token_id"] == 256 and stop == {256}
-    assert (begin, prepend) == (256, False) and encode(enc, "ab") == [97, 98]
+    assert config["bos_token_id"] == config["eos_token_id"] == 256
+    assert ends == (256, (256,), False) and window is None and encode(enc, "ab") == [97, 98]
     sample.main(["--ckpt", str(dir), "--prompt", "ab", "--max_new_tokens", "12", "--temperature", "0"])
     text = capsys.readouterr().out.split("\n", 1)[1]
     shown = bytes(t for t in want if t < 256).decode("utf-8", "replace")
@@ -702,7 +702,7 @@ def test_bos_and_eos_as_the_folder_says(exported, capsys):
     first = model.generate(torch.tensor([[256, *b"ab"]]), 3, temperature=0, stop=[])[0, 3:].tolist()
     edit(dir / "config.json", eos_token_id=[first[1], 256])
     (dir / "generation_config.json").write_text("{}")
-    assert sample.load(dir, "cpu")[2:] == (256, True, {first[1], 256}, None)
+    assert sample.load(dir, "cpu").ends == (256, (256, first[1]), True)
     sample.main(["--ckpt", str(dir), "--prompt", "ab", "--max_new_tokens", "12", "--temperature", "0"])
     out = capsys.readouterr()
     assert out.err.startswith("2 tokens") and out.out.endswith(bytes(t for t in first[:1] if t < 256).decode(errors="replace") + "\n")
@@ -729,7 +729,8 @@ def test_odd_names_of_the_first_token_are_none(exported, bos):
     _, dir = exported
     edit(dir / "tokenizer_config.json", add_bos_token=True, bos_token=bos)
     edit(dir / "config.json", bos_token_id=None)
-    assert sample.load(dir, "cpu")[2:4] == (256, False)     # the end of a document begins the next
+    ends = sample.load(dir, "cpu").ends
+    assert not ends.add_bos and ends.begin == 256       # the end of a document begins the next
 
 
 def test_the_first_token_of_a_template(exported):
@@ -742,11 +743,11 @@ def test_the_first_token_of_a_template(exported):
     for post, bos in ((template, 256), ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}, 256),
                       ({**template, "single": template["single"][1:]}, None), ({"type": "ByteLevel"}, None), ("?", None)):
         edit(dir / "tokenizer.json", post_processor=post)
-        assert sample.load(dir, "cpu")[2:4] == (256, bos is not None)
+        assert sample.load(dir, "cpu").ends == (256, (256,), bos is not None)
     edit(dir / "tokenizer.json", post_processor=template)
     for adds, prepend in ((None, True), (False, False)):        # None: what the template says
         edit(dir / "tokenizer_config.json", add_bos_token=adds)
-        assert sample.load(dir, "cpu")[3] == prepend
+        assert sample.load(dir, "cpu").ends.add_bos == prepend
 
 
 @pytest.mark.parametrize("eos", ["<|return|>", {"content": "<|return|>"}])
@@ -758,9 +759,9 @@ def test_the_end_of_a_document_by_its_name(tmp_path, make_model, eos):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token_id"}))
     edit(tmp_path / "tokenizer_config.json", eos_token=eos)
-    assert sample.load(tmp_path, "cpu")[2:5] == (257, False, {257})
+    assert sample.load(tmp_path, "cpu").ends == (256, (257,), False)
     edit(tmp_path / "config.json", eos_token_id=[5, 257])       # ids come before names
-    assert sample.load(tmp_path, "cpu")[2:5] == (5, False, {5, 257})
+    assert sample.load(tmp_path, "cpu").ends == (256, (257, 5), False)
 
 
 def test_ids_without_a_token_are_sampled_as_nothing(tmp_path, make_model, capsys):
@@ -774,14 +775,16 @@ def test_ids_without_a_token_are_sampled_as_nothing(tmp_path, make_model, capsys
     assert capsys.readouterr().out.split("\n", 1)[1].startswith("a")
 
 
-def test_as_many_tokens_as_there_is_room_for(exported, capsys):
+def test_as_many_tokens_as_there_is_room_for(exported, capsys, monkeypatch):
     """The context of the folder is 128 tokens."""
     _, dir = exported
-    edit(dir / "config.json", eos_token_id=[])
+    monkeypatch.setattr(sample, "read_ends", lambda path, encoding: Ends(None, (), False))
     sample.main(["--ckpt", str(dir), "--prompt", "ab"])
     assert capsys.readouterr().err.startswith("126 tokens")
-    for arguments in (["--prompt", "ab", "--max_new_tokens", "127"], ["--prompt", "a" * 128]):
-        with pytest.raises(SystemExit, match="YaRN"):
+    for arguments, words in ((["--prompt", "ab", "--max_new_tokens", "127"], "127 and the prompt's 2 .* 126 at most"),
+                             (["--prompt", "a" * 128], "prompt's 128 tokens leave no room .* context of 128"),
+                             (["--prompt", "a" * 129, "--max_new_tokens", "0"], "129 .* context of 128")):
+        with pytest.raises(SystemExit, match=words):
             sample.main(["--ckpt", str(dir), *arguments])
         assert not capsys.readouterr().out      # not after the prompt
 

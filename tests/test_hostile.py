@@ -18,7 +18,7 @@ import torch
 import checkpoint
 import sample
 import train
-from data.tokenizer import BYTES, build, encode, encoding_from_json, encoding_to_json, get_tokenizer
+from data.tokenizer import BYTES, Ends, build, encode, encoding_from_json, encoding_to_json, get_tokenizer
 from checkpoint import read_config
 from model import DeepSeekV3
 from test_checkpoint import CL100K, config_json, released, toy_ranks, write
@@ -179,9 +179,9 @@ def test_prompts_of_any_bytes(tmp_path):
         else:
             (tmp_path / "prompt").write_bytes(raw)
             text = f"FILE:{tmp_path / 'prompt'}"
-        accepted += one_sentence(lambda: sample.read_prompt(text, enc, 0, i % 5 == 0), raw)
+        accepted += one_sentence(lambda: sample.prompt_tokens(sample.read_text("--prompt", text), enc, Ends(0, (0,), i % 5 == 0)), raw)
     assert 200 < accepted < 1900
-    one_sentence(lambda: sample.read_prompt(" " * 1_000_000 + "a", encs[1], 0, False), "a million spaces")
+    one_sentence(lambda: sample.prompt_tokens(" " * 1_000_000 + "a", encs[1], Ends(0, (0,), False)), "a million spaces")
 
 
 # --------------------------------------------------------------------------------------------------- run checkpoints

@@ -1,15 +1,24 @@
 """Generation: what plain decoding gives, what speculation must not change, and sample.py's command line."""
 
+import contextlib
 import copy
+import io
+import json
 import math
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import model as model_module
 import sample
+import train
+from data.prepare import prepare
+from data.tokenizer import Ends, get_tokenizer
 from model import DeepSeekV3, sampling_probs
 from sample import compile_steps, generate_stream, verify
 
@@ -230,3 +239,168 @@ def test_bad_arguments_get_one_sentence(trained, generate, arguments, words):
 def test_speculation_without_mtp_is_refused(make_model):
     with pytest.raises(ValueError, match="MTP"):
         speculate(make_model(num_nextn_predict_layers=0), torch.tensor([[1]]), 2, speculative=True)
+
+
+def test_bf16_drafts_change_no_greedy_token(trained):
+    """Drafts are verified with the very operations of plain decoding, so not even rounding differs."""
+    model = copy.deepcopy(trained).bfloat16()
+    idx = torch.tensor([[1, 2, 3, 4], [7, 9, 10, 0]])
+    assert torch.equal(speculate(model, idx, 60, temperature=0), model.generate(idx, 60, temperature=0))
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of one step, with the tokens that fill a hole."""
+    folder = tmp_path_factory.mktemp("run")
+    for i in range(90):
+        (folder / f"{i:02}.txt").write_text(f"line {i} of text")
+    prepare(folder / "tokens", input=folder, fim_rate=0.5)
+    flags = ("--hidden_size 32 --intermediate_size 48 --moe_intermediate_size 16 --num_hidden_layers 2 "
+             "--num_attention_heads 2 --q_lora_rank 16 --kv_lora_rank 16 --qk_nope_head_dim 8 --qk_rope_head_dim 8 "
+             "--v_head_dim 8 --n_routed_experts 4 --num_experts_per_tok 2 --n_group 2 --topk_group 2 "
+             "--block_size 32 --batch_size 4 --device cpu --max_iters 1").split()
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main(["--data_dir", str(folder / "tokens"), "--out_dir", str(folder / "out"), *flags])
+    return folder / "out"
+
+
+@pytest.mark.parametrize("speculative", [None, False])
+def test_text_beyond_the_window_continues_from_its_last_half(speculative):
+    model = DeepSeekV3(model_module.DeepSeekV3Config.preset("tiny")).eval()
+    prompt = torch.randint(0, 256, (1, 5))
+    found = list(sample.continuation(model, prompt, 30, 16, (256,), temperature=0, speculative=speculative))
+    text = prompt
+    for i in range(30):
+        length = 5 + i if i < 11 else 8 + (i - 11) % 8
+        text = torch.cat([text, model.generate(text[:, -length:], 1, temperature=0)[:, -1:]], 1)
+    assert found == text[0, 5:].tolist()
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--ckpt nowhere", "--ckpt nowhere does not exist"),
+    ("--ckpt {dir}/empty", "neither a run's ckpt.pt nor a released model's config.json"),
+    ("--ckpt {dir}/young", "has no checkpoint yet"),
+    ("--ckpt {dir}/latin.txt", "not a checkpoint"),
+    ("--ckpt {out} --prompt=", "prompt is empty"),
+    ("--ckpt {out} --prompt FILE:{dir}/empty.txt", "prompt is empty"),
+    ("--ckpt {out} --prompt a\udcffb", "'a\\udcffb' is not UTF-8"),
+    ("--ckpt {out} --prompt a\ud800b", "'a\\ud800b' is not UTF-8"),
+    ("--ckpt {out} --prompt FILE:nowhere.txt", "nowhere.txt"),
+    ("--ckpt {out} --prompt FILE:{dir}", "Is a directory"),
+    ("--ckpt {out} --prompt FILE:{dir}/latin.txt", "not UTF-8"),
+    ("--ckpt {out} --temperature -1", "temperature"),
+    ("--ckpt {out} --temperature nan", "temperature"),
+    ("--ckpt {out} --top_p 2", "top_p"),
+    ("--ckpt {out} --top_k 0", "top_k"),
+    ("--ckpt {out} --max_new_tokens -1", "max_new_tokens"),
+    ("--ckpt {out} --num_sampels 1", "--num_sampels 1; did you mean --num_samples?"),
+    ("--ckpt {out} --num-samples=1", "--num-samples=1; did you mean --num_samples?"),
+    ("--ckpt {out} --num_samples 0", "--num_samples"),
+    ("--ckpt {out} --seed 99999999999999999999", "--seed must fit in 64 bits"),
+    ("--ckpt {out} --device gpu", "--device gpu can't be used here"),
+    ("--ckpt {out} --device meta", "--device meta can't be used here"),
+    ("--ckpt {out} --dtype float16", "--dtype: invalid choice: 'float16'"),
+    ("--ckpt {out} --ema", "holds no average"),
+    ("--ckpt {out} --suffix x --prompt y", "one or the other"),
+    ("--ckpt {out} --prefix FILE:{dir}/latin.txt", "--prefix 'FILE:"),
+    ("--ckpt {out} --prefix " + "x" * 100, "prompt's 104 tokens leave no room in the model's context of 32"),
+    ("--ckpt {out} --prefix x --max_new_tokens 99", "ask for 27 at most"),
+])
+def test_bad_input_ends_in_one_sentence(run_dir, flags, words, capsys):
+    base = run_dir.parent
+    if not (base / "young").exists():
+        (base / "latin.txt").write_bytes("café".encode("latin-1"))
+        (base / "empty.txt").touch()
+        (base / "empty").mkdir()
+        (base / "young").mkdir()
+        (base / "young" / "lock").touch()
+    with pytest.raises(SystemExit) as e:
+        sample.main([flag.format(out=run_dir, dir=base) for flag in flags.split(" ")])
+    said = capsys.readouterr().err if e.value.code == 2 else e.value.code       # 2: argparse's own
+    assert words in said and "\n" not in said.strip()
+
+
+def test_a_hole_is_filled(run_dir, tmp_path, monkeypatch, capsys):
+    """The model is asked with the tokens that it was trained on, and the text comes out in its order."""
+    asked = []
+
+    def fills(model, idx, new, **kwargs):
+        asked.append((idx[0].tolist(), new))
+        return iter(torch.tensor([[[token]] for token in (*b"mid", 256)]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "generate_stream", fills)
+        (tmp_path / "suffix.txt").write_text(" the end")
+        sample.main(["--ckpt", str(run_dir), "--prefix", "a é ", "--suffix", f"FILE:{tmp_path}/suffix.txt"])
+    assert capsys.readouterr().out.endswith("-\na é mid the end\n")
+    idx = [256, 257, *"a é ".encode(), 258, *b" the end", 259]
+    assert asked == [(idx, 32 - len(idx))]
+    sample.main(["--ckpt", str(run_dir), "--suffix", "<b"])
+    said = capsys.readouterr()
+    assert said.out.endswith("<b\n")
+    assert 1 <= int(said.err.split()[0]) <= 32 - 6      # not beyond the window, where the prefix is out of sight
+
+
+def test_a_hole_needs_tokens_that_mark_it():
+    with pytest.raises(ValueError, match="tokenizer bytes has no <｜fim▁begin｜>"):
+        sample.hole_tokens("a", "b", get_tokenizer("bytes"), Ends(None, (256,), False))
+
+
+def test_a_prompt_begins_as_the_model_was_taught():
+    encoding = get_tokenizer("bytes")
+    plain, bos = Ends(1, (256,), False), Ends(256, (3,), True)
+    assert sample.prompt_tokens(None, encoding, plain).tolist() == [[256]]
+    assert sample.prompt_tokens(None, encoding, bos).tolist() == [[256]]
+    assert sample.prompt_tokens("ab", encoding, plain).tolist() == [[97, 98]]
+    assert sample.prompt_tokens("ab", encoding, bos).tolist() == [[256, 97, 98]]
+    assert sample.prompt_tokens("<|endoftext|>a", encoding, bos).tolist() == [[256, 97]]       # not twice
+
+
+def test_a_prompt_of_bytes_that_the_locale_lacks(tmp_path):
+    (tmp_path / "text").write_bytes("é\0\r\n".encode())
+    assert sample.read_text("--prompt", f"FILE:{tmp_path}/text") == "é\0\r\n"
+    assert sample.read_text("--prompt", "\udcc3\udca9") == "é"       # as a POSIX locale reads it
+
+
+def test_half_of_the_precision_where_it_is_stored_and_computed(tmp_path, monkeypatch, capsys):
+    cpu, said = torch.device("cpu"), {}
+    for stored in ({"dtype": "float32"}, {}, {"dtype": "bfloat16"}, {"torch_dtype": "float16"},
+                   {"quantization_config": {"quant_method": "fp8"}}):
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+        narrow = bool(stored) and stored.get("dtype") != "float32"
+        for fast in (True, False):
+            monkeypatch.setattr(sample, "has_bf16", lambda device: fast)
+            dtype = sample.released_dtype(tmp_path, cpu)
+            assert dtype == (torch.bfloat16 if narrow and fast else torch.float32)
+            said = capsys.readouterr().err
+            assert ("--dtype bfloat16" in said and said.count("\n") == 1) if narrow and not fast else not said
+
+
+def test_dtype_is_that_of_the_flag(run_dir):
+    for dtype in (torch.float32, torch.bfloat16):
+        assert sample.load(run_dir, "cpu", dtype).model.lm_head.weight.dtype == dtype
+    assert sample.load(run_dir, "cpu").model.lm_head.weight.dtype == torch.float32
+
+
+def command(run_dir, *flags, **environment):
+    root = Path(sample.__file__).parent
+    return dict(args=[sys.executable, str(root / "sample.py"), "--ckpt", str(run_dir), "--temperature", "0", *flags],
+                stderr=subprocess.PIPE, env=os.environ | environment)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_no_character_costs_a_text(run_dir, encoding):
+    done = subprocess.run(**command(run_dir, "--prompt", "→é", "--max_new_tokens", "3", PYTHONIOENCODING=encoding),
+                          stdout=subprocess.PIPE)
+    assert done.returncode == 0 and done.stderr.startswith(b"3 tokens"), done.stderr
+    assert done.stdout.split(b"\n")[1].startswith("→é".encode(encoding, "replace"))
+
+
+def test_a_closed_pipe_ends_quietly(run_dir):
+    """As `python sample.py | head -1`: neither a traceback nor a complaint of the interpreter at its end."""
+    process = subprocess.Popen(**command(run_dir, "--max_new_tokens", "100000"), stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"-" * 80 + b"\n"
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
