@@ -557,23 +557,18 @@ class FP8Experts(Experts):
     """model.Experts in FP8. Tiles of 128 tokens may not straddle experts, for the sake of Wgrad: each expert's rows are
     filled up with zeros to a multiple of 128."""
 
+    def padding(self, x):
+        return 128, 0
+
     @torch.compiler.disable
-    def grouped(self, x, slots, K, load):
-        """x: (N, D); slots: (N*K,), the expert of each; load: (E,). Returns (N*K, D), by slot."""
-        size = (load + 127) // 128 * 128
-        ends = size.cumsum(0)
-        order = slots.argsort(stable=True)
-        shift = (ends - size) - (load.cumsum(0) - load)             # (E,): by how much padding moves an expert's rows
-        place = torch.arange(slots.numel(), device=x.device) + shift[slots[order]]
-        place = torch.empty_like(place).index_copy(0, order, place)                         # (N*K,): row of each slot
-        # the most rows there can be: waiting for a GPU to tell the exact number would cost more
-        rows = (slots.numel() + 127 * load.numel()) // 128 * 128
-        x = x.new_zeros(rows, x.size(1)).index_copy(0, place, x.repeat_interleave(K, 0))
+    def swiglu(self, x, place, rows, ends):
+        x = x.repeat_interleave(place.size(0) // x.size(0), 0)                              # (N*K, D), by slot
+        x = x.new_zeros(rows, x.size(1)).index_copy_(0, place, x)                           # (rows, D), by expert
         weights = (weight_of(self, name) for name in ("gate_proj", "up_proj", "down_proj"))
-        return apply_swiglu(x, *weights, ends.int()).index_select(0, place)
+        return apply_swiglu(x, *weights, ends)
 
     def gathered(self, x, slots, K):
-        return self.grouped(x, slots, K, slots.bincount(minlength=self.gate_proj.size(0)))
+        return self.grouped(x, slots, slots.bincount(minlength=self.gate_proj.size(0)))
 
 
 def convert_to_fp8(model):

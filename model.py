@@ -398,6 +398,12 @@ def balance_loss(scores, K):
     return (f * P).sum(-1).mean()                                                           # Eq. 17
 
 
+def compute_dtype(x):
+    """Of products with x: autocast's where it is on, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 @torch.compiler.disable
 def untraced_grouped_mm(x, weight, offs):
     """torch.compile traces grouped_mm in bf16 only: in other dtypes it runs as it is, between two graphs."""
@@ -407,19 +413,23 @@ def untraced_grouped_mm(x, weight, offs):
 def grouped_linear(x, weight, ends):
     """One linear layer per expert. x: (M, in), its rows sorted by expert; weight: (E, out, in); returns (M, out).
 
-    ends: (E,) int32, expert e owns rows ends[e-1]..ends[e]-1, possibly none.
+    ends: (E,) int32, expert e owns rows ends[e-1]..ends[e]-1, possibly none. Rows behind the last are undefined.
     """
-    if torch.is_autocast_enabled(x.device.type):        # grouped_mm isn't on autocast's list
-        x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
+    x, weight = (t.to(compute_dtype(x)) for t in (x, weight))       # grouped_mm isn't on autocast's list
     if all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
         traceable = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
         return (F.grouped_mm if traceable else untraced_grouped_mm)(x, weight.transpose(1, 2), offs=ends)
     # grouped_mm wants rows of a multiple of 16 bytes; other sizes go expert by expert
-    return torch.cat([F.linear(x_e, w_e) for x_e, w_e in zip(x.tensor_split(ends[:-1].tolist()), weight)])
+    *parts, rest = x.tensor_split(ends.tolist())
+    y = [F.linear(x_e, w_e) for x_e, w_e in zip(parts, weight)]
+    return torch.cat([*y, rest.new_zeros(rest.size(0), weight.size(1))])
 
 
 class Experts(nn.Module):
-    """The routed experts, their weights stacked, each a SwiGLU MLP: every token visits its K experts, none is dropped."""
+    """The routed experts, their weights stacked, each a SwiGLU MLP: a token visits its K experts, none is dropped.
+
+    The rows of an expert lie side by side, so that a layer of all experts is one grouped matrix product.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -437,17 +447,42 @@ class Experts(nn.Module):
         load = slots.new_zeros(self.gate_proj.size(0)).scatter_add_(0, slots, torch.ones_like(slots))   # no device sync
         # On a CPU grouped_mm costs a call per expert, idle or not: the few slots of a decoding step do without
         few = x.device.type == "cpu" and N * K < load.size(0)
-        y = self.gathered(x, slots, K) if few else self.grouped(x, slots, K, load)          # (N*K, D)
+        y = self.gathered(x, slots, K) if few else self.grouped(x, slots, load)             # (N*K, D)
         return torch.bmm(weights.type_as(y)[:, None], y.view(N, K, -1))[:, 0], load
 
-    def grouped(self, x, slots, K, load):
-        """Sort the slots by expert, so that each expert's rows are one matrix product. Returns (N*K, D), by slot."""
-        order, ends = slots.argsort(stable=True), load.cumsum(0).to(torch.int32)            # (N*K,), (E,)
-        # unlike that of x[...], the gradient of index_select is summed in a fixed order on a CPU
-        x = x.index_select(0, order // K)                                                   # (N*K, D)
-        h = F.silu(grouped_linear(x, self.gate_proj, ends)) * grouped_linear(x, self.up_proj, ends)     # (N*K, I)
-        y = grouped_linear(h, self.down_proj, ends)
-        return torch.empty_like(y).index_copy_(0, order, y)
+    def padding(self, x):
+        """(multiple, least): an expert's rows are padded to a multiple of `multiple`, and to `least` if it has none."""
+        if x.device.type == "cuda":     # grouped_mm's gradient of an expert without rows can be garbage, pytorch#172439
+            return 1, int(torch.is_grad_enabled())
+        # oneDNN compiles a bf16 kernel for each number of rows that it meets
+        return (64 if compute_dtype(x) == torch.bfloat16 else 1), 0
+
+    def grouped(self, x, slots, load):
+        """x: (N, D); slots: (N*K,), the expert of each; load: (E,). Returns (N*K, D), by slot."""
+        (multiple, least), E = self.padding(x), load.size(0)
+        size = (load.clamp(min=least) + multiple - 1) // multiple * multiple                # (E,): rows, with padding
+        ends = size.cumsum(0)
+        # the most rows that there can be: waiting for a GPU to tell the exact number would cost more
+        most = slots.size(0) + E * least
+        rows = (most + min(E, most) * (multiple - 1)) // multiple * multiple
+
+        order = slots.argsort(stable=True)                                                  # slots, sorted by expert
+        shift = (ends - size) - (load.cumsum(0) - load)         # (E,): by how much padding moves an expert's rows
+        sorted_place = torch.arange(slots.size(0), device=x.device) + shift[slots[order]]
+        place = torch.empty_like(order).index_copy_(0, order, sorted_place)                 # (N*K,): row of each slot
+        slot = order.new_full((rows,), slots.size(0)).index_copy_(0, sorted_place, order)   # (rows,): slot of each row
+        y = self.swiglu(x, place, rows, ends.to(torch.int32))                               # (rows, D)
+        # the gradient of index_copy_ is a gather, without the atomic additions of index_select's; padding goes to
+        # a last row, which is cut off
+        return y.new_empty(slots.size(0) + 1, y.size(1)).index_copy_(0, slot, y)[:-1]
+
+    def swiglu(self, x, place, rows, ends):
+        """Each expert's MLP on its rows. x: (N, D); place: (N*K,), the row of each slot; ends: (E,) int32, behind each
+        expert's last row. Returns (rows, D), undefined where no slot is."""
+        x = x.to(compute_dtype(x)).repeat_interleave(place.size(0) // x.size(0), 0)         # (N*K, D), by slot
+        x = x.new_zeros(rows, x.size(1)).index_copy_(0, place, x)                           # (rows, D), by expert
+        h = F.silu(grouped_linear(x, self.gate_proj, ends)) * grouped_linear(x, self.up_proj, ends)     # (rows, I)
+        return grouped_linear(h, self.down_proj, ends)
 
     def gathered(self, x, slots, K):
         """Each slot on its own, with its expert's matrices copied out. Returns (N*K, D), by slot."""

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import model as model_module
 from model import DeepSeekV3, DeepSeekV3Config, Gate, balance_loss, grouped_linear
 
 
@@ -106,9 +108,63 @@ def test_few_slots_take_the_gathered_path_and_agree(make_model, monkeypatch, N):
     y, load = moe.experts(x[0], weights, experts)
     assert load.tolist() == torch.bincount(experts.flatten(), minlength=12).tolist()
     slots = experts.flatten()
-    torch.testing.assert_close(moe.experts.gathered(x[0], slots, 3), moe.experts.grouped(x[0], slots, 3, load))
+    torch.testing.assert_close(moe.experts.gathered(x[0], slots, 3), moe.experts.grouped(x[0], slots, load))
     monkeypatch.setattr(moe.experts, "grouped", None)
     moe(x)          # at 3 slots a token and 12 experts, up to 3 tokens do without grouped_mm
+
+
+@pytest.mark.parametrize("padding", [(1, 0), (1, 1), (64, 0), (8, 1)])
+def test_padding_changes_neither_values_nor_gradients(make_model, monkeypatch, padding):
+    moe = make_model().model.layers[1].mlp
+    moe.gate.e_score_correction_bias[7] = -100.0        # an expert without a token
+    monkeypatch.setattr(moe.experts, "padding", lambda x: padding)
+    ends = []
+    monkeypatch.setattr(model_module, "grouped_linear", lambda x, w, e: ends.append(e) or grouped_linear(x, w, e))
+    x = torch.randn(1, 22, 48, requires_grad=True)
+    y, load, _ = moe(x)
+    rows = ends[0].diff(prepend=torch.zeros(1))
+    multiple, least = padding
+    assert (rows % multiple == 0).all() and (rows >= load).all() and (rows - load < multiple + least).all()
+    assert load[7] == 0 and rows[7] == multiple * least
+    expected = slow_moe(moe, x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    towards, inputs = torch.randn_like(y), [x, *moe.parameters()]
+    grads = torch.autograd.grad(y, inputs, towards)
+    for grad, slow in zip(grads, torch.autograd.grad(expected, inputs, towards), strict=True):
+        torch.testing.assert_close(grad, slow, rtol=1e-3, atol=1e-4)
+    gate_proj = grads[[name for name, _ in moe.named_parameters()].index("experts.gate_proj") + 1]
+    assert torch.all(gate_proj[7] == 0)
+
+
+def test_bfloat16_on_a_cpu_meets_few_numbers_of_rows_and_fp32_no_padding(make_model):
+    experts = make_model().model.layers[1].mlp.experts
+    x = torch.randn(4, 48)
+    assert experts.padding(x) == (1, 0) and experts.padding(x.bfloat16()) == (64, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert experts.padding(x) == (64, 0)
+
+
+def test_padding_never_exceeds_what_the_slots_need(make_model, monkeypatch):
+    """One token of the released model in FP8: 8 experts of 128 rows, not 256."""
+    experts, seen = make_model().model.layers[1].mlp.experts, []
+    monkeypatch.setattr(experts, "padding", lambda x: (128, 0))
+    monkeypatch.setattr(experts, "swiglu", lambda x, place, rows, ends: seen.append(rows) or x.new_zeros(rows, 48))
+    experts.grouped(torch.randn(1, 48), torch.tensor([3, 5, 11]), torch.bincount(torch.tensor([3, 5, 11])))
+    assert seen == [3 * 128]
+
+
+def test_gradients_of_experts_are_gathered_not_scattered(make_model):
+    """Scattering adds up with atomics on a GPU, slowly and in another order each time."""
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            names.append(op.name())
+            return op(*args, **(kwargs or {}))
+    moe, names = make_model().model.layers[1].mlp, []
+    x = torch.randn(2, 11, 48, requires_grad=True)
+    weights, experts, _ = moe.gate(x[0])
+    with Operations():
+        moe.experts(x[0], weights, experts)[0].sum().backward()
+    assert "aten::index_select" in names and "aten::index_add_" not in names and "aten::index_add" not in names
 
 
 def test_load_counts_the_selected_experts(make_model):
