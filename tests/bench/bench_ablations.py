@@ -1,18 +1,19 @@
 """
 The report's claims, small: the tiny preset on the default corpus, three seeds of everything.
 
-    python tests/bench/bench_ablations.py --out_dir out-ablations                 # about an hour on two cores; goes on where it stopped
-    python tests/bench/bench_ablations.py --out_dir out-ablations balance mtp     # some of them
-    python tests/bench/bench_ablations.py --log tests/results/ablations.jsonl --plot .    # tables and pictures of kept results
+    python tests/bench/bench_ablations.py --out_dir out-ablations               # an hour or two on two cores
+    python tests/bench/bench_ablations.py --out_dir out-ablations balance mtp   # only these studies
+    python tests/bench/bench_ablations.py --log tests/results/ablations.jsonl --plot .  # of results kept there
 
-    balance     auxiliary-loss-free against an auxiliary loss against neither (§4.5.2, arXiv 2408.15664)
-    mtp         with against without multi-token prediction, at equal steps and at equal time (§4.5.1)
-    attention   MLA against multi-head attention of as many parameters
-    documents   attention and MTP across documents against within them, on short texts that have nothing to do with each
-                other (§4.1)
+    balance     auxiliary-loss-free balancing, an auxiliary loss, and neither (§4.5.2, arXiv 2408.15664)
+    router      the bias update speed γ and the routed scaling factor
+    mtp         with and without multi-token prediction, at equal steps and at equal time (§4.5.1)
+    attention   MLA and multi-head attention with the same number of parameters
+    documents   attention and MTP across documents and within them, on short, unrelated texts (§4.1)
     scaling     loss against active parameters and tokens, a fit, and its prediction for the next size
 
-What a run left in its log.jsonl, and what is measured on its weights afterwards, goes to OUT_DIR/ablations.jsonl.
+A study that was cut off continues where it stopped. OUT_DIR/ablations.jsonl gets the log of each run and what
+is measured on its weights.
 """
 
 import argparse
@@ -43,16 +44,17 @@ from runs import finished, pyplot, read_log, train_all  # noqa: E402
 SEEDS = (1, 2, 3)
 STEPS = 250                     # of 3,072 tokens
 SPEEDUP_WITHOUT_MTP = 1.43      # measured on one thread: the steps that fit into the same time
-MANY_EXPERTS = dict(n_routed_experts=32, num_experts_per_tok=4, moe_intermediate_size=64)       # more to balance
+MANY_EXPERTS = dict(n_routed_experts=32, num_experts_per_tok=4, moe_intermediate_size=64)   # more to balance
+ROUTER = ((0.0001, 1.0), (0.001, 1.0), (0.01, 1.0), (0.01, 0.75), (0.01, 2.5))  # γ, routed scaling factor
 
-# Multi-head attention keeps keys and values of 4 heads x (32 + 34) in the cache: 264 numbers for MLA's 48 + 16
+# Multi-head attention caches keys and values of 4 heads x (32 + 34): 264 numbers where MLA has 48 + 16
 MHA_FLAGS = dict(v_head_dim=34, kv_lora_rank=248)
 
 
 class MHA(nn.Module):
-    """Multi-head attention in the place and with the interface of MLA: keys and values are projections of their own, and
-    all of them are cached. RoPE turns as many channels of a head as in MLA, d_rope; a head's keys have d_nope in all.
-    With v_head_dim=34, it has as many parameters as the tiny preset's MLA, its two norms aside."""
+    """Multi-head attention with MLA's interface. Keys and values have projections of their own, and all of them
+    are cached. RoPE rotates d_rope of a head's d_nope channels. With v_head_dim=34 it has as many parameters as
+    the tiny preset's MLA, up to MLA's two norms."""
 
     def __init__(self, config):
         super().__init__()
@@ -64,30 +66,33 @@ class MHA(nn.Module):
 
     def forward(self, x, cos, sin, mask=None, cache=None, pos=0):
         B, T, _ = x.shape
-        q, k = self.q_proj(x).view(B, T, self.H, -1), self.k_proj(x).view(B, T, self.H, -1)     # (B, T, H, d_qk)
-        v = self.v_proj(x).view(B, T, self.H, -1)                                               # (B, T, H, d_v)
-        q, k = (torch.cat([t[..., self.d_rope:], model.rotate(t[..., :self.d_rope], cos, sin)], -1) for t in (q, k))
+        q = self.q_proj(x).view(B, T, self.H, -1)                                       # (B, T, H, d_qk)
+        k = self.k_proj(x).view(B, T, self.H, -1)                                       # (B, T, H, d_qk)
+        v = self.v_proj(x).view(B, T, self.H, -1)                                       # (B, T, H, d_v)
+        q, k = (torch.cat([t[..., self.d_rope:], model.rotate(t[..., :self.d_rope], cos, sin)], -1)
+                for t in (q, k))
         if cache is not None:       # (B, S, H * (d_qk + d_v))
             cache[:, pos:pos + T] = torch.cat([k, v], -1).flatten(2)
             k, v = cache[:, :pos + T].unflatten(-1, (self.H, -1)).split([self.d_qk, self.d_v], -1)
         # equal head sizes, as SDPA's fast kernels want them
         q, k = (F.pad(t, (0, self.d_v - self.d_qk)).transpose(1, 2) for t in (q, k))
-        o = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=mask, is_causal=mask is None and pos == 0,
+        causal = mask is None and pos == 0
+        o = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=mask, is_causal=causal,
                                            scale=self.d_qk ** -0.5)
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What to train
 
 def sizes():
-    """{hidden size: flags}: everything grows with the width, depth too."""
+    """{hidden size: flags}. Everything grows with the width, including the depth."""
     return {32 * n: dict(hidden_size=32 * n, num_hidden_layers=n, num_attention_heads=n, q_lora_rank=24 * n,
                          kv_lora_rank=12 * n, intermediate_size=96 * n, moe_intermediate_size=32 * n,
                          num_nextn_predict_layers=0) for n in (2, 3, 4, 5, 6)}
 
 
-TOKENS = (40, 80, 160)          # steps of 3,072 tokens that the sizes are trained for; the last size, the longest only
+TOKENS = (40, 80, 160)          # steps of 3,072 tokens; the last size is trained for the longest only
 
 
 def variants(experiments):
@@ -98,6 +103,10 @@ def variants(experiments):
         found["aux-free"] = plain, base | MANY_EXPERTS
         found["aux-loss"] = plain, base | MANY_EXPERTS | dict(bias_update_speed=0, balance_loss_alpha=0.01)
         found["no-balance"] = plain, base | MANY_EXPERTS | dict(bias_update_speed=0, balance_loss_alpha=0)
+    if "router" in experiments:
+        for speed, scale in ROUTER:
+            flags = dict(bias_update_speed=speed, routed_scaling_factor=scale)
+            found[f"router-{speed}-{scale}"] = plain, base | flags
     if {"mtp", "attention"} & set(experiments):
         found["base"] = plain, base
     if "mtp" in experiments:
@@ -117,7 +126,7 @@ def variants(experiments):
 
 
 def write_paragraphs(where):
-    """The standard library cut at blank lines into a folder of small texts, shuffled: no two neighbours belong together."""
+    """The standard library cut at blank lines into a folder of small texts, shuffled: neighbours are unrelated."""
     parts = [part + b"\n" for text in documents("stdlib", None, where) for part in text.split(b"\n\n")
              if 80 < len(part) < 400]
     random.Random(0).shuffle(parts)
@@ -135,30 +144,35 @@ def train_runs(experiments, out_dir, jobs):
             write_paragraphs(out_dir / "paragraphs")
         prepare(data["paragraphs"], input=out_dir / "paragraphs")
     common = dict(eval_interval=1000, log_interval=25, device="cpu")
-    runs = {f"{name}-{seed}": (command, flags | common | dict(seed=seed, data_dir=data[
-                "paragraphs" if name in ("packed", "masked") else "stdlib"]))
-            for seed in SEEDS for name, (command, flags) in variants(experiments).items()}
+    runs = {}
+    for seed in SEEDS:
+        for name, (command, flags) in variants(experiments).items():
+            text = "paragraphs" if name in ("packed", "masked") else "stdlib"
+            runs[f"{name}-{seed}"] = command, flags | common | dict(seed=seed, data_dir=data[text])
     train_all(runs, out_dir, jobs)
     return [name for name, (_, flags) in runs.items() if finished(out_dir / name, flags["max_iters"])]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What to measure on the trained weights
 
 @torch.no_grad()
 def expert_load(run):
-    """(layers, E): each expert's tokens of validation text, as a multiple of the mean."""
+    """(layers, E): tokens of validation text that each expert gets, as a multiple of the mean."""
     m = sample.load(run, "cpu")[0]
     data = run.parent / "data-stdlib"
-    tokens = torch.from_numpy(open_bin(data / "val.bin", read_meta(data / "meta.json"))[:128 * 256 + 1].astype(np.int64))
-    load = sum(m(x, y)[2]["load"] for x, y in zip(tokens[:-1].view(8, -1, 128), tokens[1:].view(8, -1, 128))).float()
+    tokens = open_bin(data / "val.bin", read_meta(data / "meta.json"))[:128 * 256 + 1]
+    tokens = torch.from_numpy(tokens.astype(np.int64))
+    batches = zip(tokens[:-1].view(8, -1, 128), tokens[1:].view(8, -1, 128))
+    load = sum(m(x, y)[2]["load"] for x, y in batches).float()
     return (load / load.mean(1, keepdim=True)).tolist()
 
 
 def acceptance(run):
-    """Share of the MTP module's drafts that greedy decoding accepts, over texts that go on from 20 pieces of validation."""
+    """Share of the MTP module's drafts that greedy decoding accepts, continuing 20 validation texts."""
     m = sample.load(run, "cpu")[0]
-    tokens = open_bin(run.parent / "data-stdlib" / "val.bin", read_meta(run.parent / "data-stdlib" / "meta.json"))
+    data = run.parent / "data-stdlib"
+    tokens = open_bin(data / "val.bin", read_meta(data / "meta.json"))
     stats = {}
     for i in range(20):
         idx = torch.from_numpy(tokens[i * 1000:i * 1000 + 64].astype(np.int64))[None]
@@ -167,7 +181,7 @@ def acceptance(run):
 
 
 def decode_speed(length=2048, repeats=7, steps=32):
-    """{"MLA", "MHA": (bytes of cache per token, parameters, median ms per decoded token after `length` tokens)}"""
+    """{"MLA", "MHA": (bytes of cache per token, parameters, median ms per token after `length` tokens)}"""
     found, models = {}, {}
     for name, attention, flags in ("MLA", model.MLA, {}), ("MHA", MHA, MHA_FLAGS):
         config = model.DeepSeekV3Config(**{**model.PRESETS["tiny"], **flags})
@@ -184,7 +198,8 @@ def decode_speed(length=2048, repeats=7, steps=32):
             times.append((time.perf_counter() - start) / steps * 1e3)
     for name, (m, cache, times) in models.items():
         attention = sum(p.numel() for p in m.model.layers[0].self_attn.parameters())
-        found[name] = sum(c[0, 0].numel() * c.element_size() for c in cache), attention, statistics.median(times)
+        cache_bytes = sum(c[0, 0].numel() * c.element_size() for c in cache)
+        found[name] = cache_bytes, attention, statistics.median(times)
     return found
 
 
@@ -196,8 +211,10 @@ def collect(names, out_dir):
     for name in names:
         if name not in kept:
             log = read_log(out_dir / name)
-            kept[name] = {"run": name, "val_loss": log[-1]["val_loss"], "elapsed_s": round(log[-1]["elapsed_s"], 1),
-                          **{key: [round(entry[key], 4) for entry in log] for key in ("iter", "main_loss", "max_vio")}}
+            last = log[-1]
+            kept[name] = {"run": name, "val_loss": last["val_loss"], "elapsed_s": round(last["elapsed_s"], 1)}
+            for key in ("iter", "main_loss", "max_vio"):
+                kept[name][key] = [round(entry[key], 4) for entry in log]
             kind = name.rpartition("-")[0]
             if kind in ("aux-free", "aux-loss", "no-balance"):
                 kept[name]["load"] = [[round(x, 3) for x in row] for row in expert_load(out_dir / name)]
@@ -214,11 +231,11 @@ def collect(names, out_dir):
 
 
 def active_matrices(m):
-    """Parameters that a token meets, embedding and head left out, which at this size outweigh the rest."""
+    """Active parameters without embedding and head, which outweigh the rest at this size."""
     return m.num_params(active=True) - m.model.embed_tokens.weight.numel() - m.lm_head.weight.numel()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tables and pictures
 
 def seeds_of(kept, name):
@@ -231,23 +248,26 @@ def mean_and_spread(values):
 
 
 def table(kept, title, rows):
-    """rows: {label: name of the runs}. Validation loss, its pairwise difference from the first row, MaxVio, time."""
+    """rows: {label: name of the runs}. Validation loss, its difference from the first row, MaxVio, time."""
     if not all(seeds_of(kept, name) for name in rows.values()):
         return
-    print(f"\n| {title} | val loss, nats per byte | against the first row, same seed | MaxVio, mean of the run's last third | "
+    print(f"\n| {title} | val loss, nats per byte | against the first row, same seed | MaxVio, last third | "
           "seconds |\n|---|---|---|---|---|")
     first = seeds_of(kept, next(iter(rows.values())))
     for label, name in rows.items():
         runs = seeds_of(kept, name)
-        gaps = ", ".join(f"{a['val_loss'] - b['val_loss']:+.4f}" for a, b in zip(runs, first)) if runs != first else ""
+        gaps = ""
+        if runs != first:
+            gaps = ", ".join(f"{a['val_loss'] - b['val_loss']:+.4f}" for a, b in zip(runs, first))
         vio = statistics.mean(statistics.mean(run["max_vio"][-len(run["max_vio"]) // 3:]) for run in runs)
-        print(f"| {label} ({len(runs)} seeds) | {mean_and_spread([run['val_loss'] for run in runs])} | {gaps} | {vio:.2f} | "
-              f"{statistics.mean(run['elapsed_s'] for run in runs):.0f} |")
+        loss = mean_and_spread([run["val_loss"] for run in runs])
+        seconds = statistics.mean(run["elapsed_s"] for run in runs)
+        print(f"| {label} ({len(runs)} seeds) | {loss} | {gaps} | {vio:.2f} | {seconds:.0f} |")
 
 
 def fit(points):
-    """points: (n, 3) of active parameters N, tokens D, loss. -> E, A, alpha, B, beta of loss = E + A/N^alpha + B/D^beta: the
-    exponents by search, the rest by least squares."""
+    """points: (n, 3) of active parameters N, tokens D, loss.
+    -> E, A, alpha, B, beta of loss = E + A/N^alpha + B/D^beta: the exponents by search, the rest by least squares."""
     N, D, loss = np.array(points).T
     best = None
     for alpha, beta in itertools.product(np.linspace(0.05, 1.5, 59), repeat=2):
@@ -259,79 +279,101 @@ def fit(points):
     return best[1:]
 
 
+def predict(law, N, D):
+    E, A, alpha, B, beta = law
+    return E + A / N**alpha + B / D**beta
+
+
 def scaling(kept):
     points, rows = [], []
     *small, last = sizes()
     for width, steps in [*itertools.product(small, TOKENS), (last, TOKENS[-1])]:
         if runs := seeds_of(kept, f"width-{width}-{steps}"):
             losses = [run["val_loss"] for run in runs]
-            rows.append((width, steps, runs[0]["active"], steps * 3072, statistics.mean(losses), mean_and_spread(losses)))
+            rows.append((width, steps, runs[0]["active"], steps * 3072, statistics.mean(losses),
+                         mean_and_spread(losses)))
     points = [row[2:5] for row in rows if row[0] != last]
     if len(points) < len(small) * len(TOKENS):
         return None
-    E, A, alpha, B, beta = fit(points)
-    predict = lambda N, D: E + A / N**alpha + B / D**beta
-    print(f"\nloss = {E:.3f} + {A:.3g} / N^{alpha:.2f} + {B:.3g} / D^{beta:.2f}, from the {len(points)} points above the last\n")
+    law = E, A, alpha, B, beta = fit(points)
+    print(f"\nloss = {E:.3f} + {A:.3g} / N^{alpha:.2f} + {B:.3g} / D^{beta:.2f}, "
+          f"from the {len(points)} points above the last\n")
     print("| width = 32 x layers | active parameters N | tokens D | val loss | fit |\n|---|---|---|---|---|")
     for width, _, N, D, _, spread in rows:
-        print(f"| {width} | {N:,} | {D:,} | {spread} | {predict(N, D):.4f}{' (predicted)' * (width == last)} |")
-    return rows, predict
+        predicted = " (predicted)" if width == last else ""
+        print(f"| {width} | {N:,} | {D:,} | {spread} | {predict(law, N, D):.4f}{predicted} |")
+    return rows, law
 
 
 def report(kept, plot):
-    table(kept, "balancing", {"auxiliary-loss-free": "aux-free", "auxiliary loss, α = 0.01": "aux-loss", "neither": "no-balance"})
-    table(kept, "prediction", {"MTP": "base", "no MTP, as many steps": "no-mtp", "no MTP, as much time": "no-mtp-same-time"})
+    table(kept, "balancing", {
+        "auxiliary-loss-free": "aux-free", "auxiliary loss, α = 0.01": "aux-loss", "neither": "no-balance"})
+    table(kept, "γ, routed scaling factor", {
+        f"{speed}, {scale}": f"router-{speed}-{scale}" for speed, scale in ROUTER})
+    table(kept, "prediction", {
+        "MTP": "base", "no MTP, as many steps": "no-mtp", "no MTP, as much time": "no-mtp-same-time"})
     if rates := [run["acceptance"] for run in seeds_of(kept, "base")]:
         print(f"drafts accepted, greedily, on held-out prompts: {', '.join(f'{rate:.1%}' for rate in rates)}")
     table(kept, "attention", {"MLA": "base", "MHA": "mha"})
-    for name, (cache, parameters, ms) in {k: v for k, v in kept.get("attention", {}).items() if k != "run"}.items():
-        print(f"{name}: {parameters:,} parameters a layer, {cache:,} bytes of cache per token, {ms:.2f} ms per token after 2048")
+    for name in ("MLA", "MHA") if "attention" in kept else ():
+        cache, parameters, ms = kept["attention"][name]
+        print(f"{name}: {parameters:,} parameters a layer, {cache:,} bytes of cache per token, "
+              f"{ms:.2f} ms per token after 2048")
     table(kept, "packing", {"across documents": "packed", "within documents": "masked"})
     fitted = scaling(kept)
-    if not plot:
-        return
-    plt = pyplot()
-    if seeds_of(kept, "aux-free") and seeds_of(kept, "no-balance"):
-        fig, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained", width_ratios=[1.3, 1, 1, 1])
-        for axis, (name, label) in zip(axes[1:], (("no-balance", "neither"), ("aux-loss", "auxiliary loss"),
-                                                  ("aux-free", "auxiliary-loss-free"))):
-            for run in seeds_of(kept, name):
-                axes[0].plot(run["iter"], run["max_vio"], color={"no-balance": "C3", "aux-loss": "C1", "aux-free": "C0"}[name],
-                             label=label if run["run"].endswith("1") else None, linewidth=1)
-            image = axis.imshow(seeds_of(kept, name)[0]["load"], vmin=0, vmax=3, cmap="viridis", aspect="auto")
-            axis.set(title=label, xlabel="expert", yticks=range(3), yticklabels=["layer 1", "2", "MTP"])
-        fig.colorbar(image, ax=axes[1:], label="tokens, 1: the mean", shrink=0.9)
-        axes[0].set(xlabel="step", ylabel="MaxVio", title="3 seeds each", yscale="log")
-        axes[0].legend()
-        fig.savefig(plot / "balance.png", dpi=90)
-    if fitted:
-        rows, predict = fitted
-        fig, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
-        for i, steps in enumerate(TOKENS):
-            N = np.array([row[2] for row in rows if row[1] == steps])
-            axis.plot(N, [row[4] for row in rows if row[1] == steps], "o", color=f"C{i}", label=f"{steps * 3072:,} tokens")
-            grid = np.geomspace(N.min(), rows[-1][2], 50)
-            axis.plot(grid, predict(grid, steps * 3072), color=f"C{i}", linewidth=1)
-        axis.plot(*rows[-1][2:5:2], "o", markersize=11, fillstyle="none", color="black", label="not in the fit")
-        axis.set(xscale="log", xlabel="active parameters, embedding and head left out", ylabel="val loss, nats per byte")
-        axis.legend()
-        fig.savefig(plot / "scaling.png", dpi=90)
+    if plot and seeds_of(kept, "aux-free") and seeds_of(kept, "no-balance"):
+        plot_balance(kept, plot / "balance.png")
+    if plot and fitted:
+        plot_scaling(*fitted, plot / "scaling.png")
+
+
+def plot_balance(kept, path):
+    """MaxVio over the steps of every seed, and the load of each expert in the runs of the first seed."""
+    fig, axes = pyplot().subplots(1, 4, figsize=(14, 3.4), layout="constrained", width_ratios=[1.3, 1, 1, 1])
+    runs = (("no-balance", "neither", "C3"), ("aux-loss", "auxiliary loss", "C1"),
+            ("aux-free", "auxiliary-loss-free", "C0"))
+    for axis, (name, label, color) in zip(axes[1:], runs):
+        for run in seeds_of(kept, name):
+            axes[0].plot(run["iter"], run["max_vio"], color=color, linewidth=1,
+                         label=label if run["run"].endswith("1") else None)
+        image = axis.imshow(seeds_of(kept, name)[0]["load"], vmin=0, vmax=3, cmap="viridis", aspect="auto")
+        axis.set(title=label, xlabel="expert", yticks=range(3), yticklabels=["layer 1", "2", "MTP"])
+    fig.colorbar(image, ax=axes[1:], label="tokens, 1: the mean", shrink=0.9)
+    axes[0].set(xlabel="step", ylabel="MaxVio", title="3 seeds each", yscale="log")
+    axes[0].legend()
+    fig.savefig(path, dpi=90)
+
+
+def plot_scaling(rows, law, path):
+    fig, axis = pyplot().subplots(figsize=(6, 3.8), layout="constrained")
+    for i, steps in enumerate(TOKENS):
+        N = np.array([row[2] for row in rows if row[1] == steps])
+        loss = [row[4] for row in rows if row[1] == steps]
+        axis.plot(N, loss, "o", color=f"C{i}", label=f"{steps * 3072:,} tokens")
+        grid = np.geomspace(N.min(), rows[-1][2], 50)
+        axis.plot(grid, predict(law, grid, steps * 3072), color=f"C{i}", linewidth=1)
+    axis.plot(*rows[-1][2:5:2], "o", markersize=11, fillstyle="none", color="black", label="not in the fit")
+    axis.set(xscale="log", xlabel="active parameters without embedding and head",
+             ylabel="val loss, nats per byte")
+    axis.legend()
+    fig.savefig(path, dpi=90)
 
 
 def main():
-    if sys.argv[1:2] == ["--as_mha"]:       # a process of ours: train.py with the other attention
+    if sys.argv[1:2] == ["--as_mha"]:       # one of our own processes: train.py with the other attention
         model.MLA = MHA
         return train.main(sys.argv[2:])
-    names = ("balance", "mtp", "attention", "documents", "scaling")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"{', '.join(names)}; default: all")
+    names = ("balance", "router", "mtp", "attention", "documents", "scaling")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", metavar="STUDY", help=f"{', '.join(names)}; default: all")
     parser.add_argument("--out_dir", type=Path, default=Path("out-ablations"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--log", type=Path, help="print and plot these results instead of training")
     parser.add_argument("--plot", type=Path, help="folder for the pictures")
     args = parser.parse_args()
     if unknown := set(args.experiments) - set(names):
-        parser.error(f"unknown experiment {', '.join(unknown)}; choose of {', '.join(names)}")
+        parser.error(f"unknown experiment {', '.join(unknown)}; choose from {', '.join(names)}")
     path = args.log or collect(train_runs(args.experiments or names, args.out_dir, args.jobs), args.out_dir)
     report({entry["run"]: entry for entry in map(json.loads, path.read_text().splitlines())}, args.plot)
 

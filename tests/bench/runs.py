@@ -1,5 +1,5 @@
 """
-Several runs of train.py at a time, each a process with one thread, and what they logged; for the scripts beside this file.
+For the scripts beside this file: run train.py several times in parallel, one thread each, and read what it logs.
 """
 
 import json
@@ -16,26 +16,30 @@ def read_log(run):
 
 
 def finished(run, max_iters):
-    return (log := read_log(run)) and log[-1]["iter"] == max_iters and "val_loss" in log[-1]
+    log = read_log(run)
+    return bool(log) and log[-1]["iter"] == max_iters and "val_loss" in log[-1]
 
 
 def train_all(runs, out_dir, jobs):
-    """runs: {name: (command, flags of train.py)}. Each trains into out_dir/name; one that is over is not made again, one
-    that was cut off goes on."""
-    def train(name, command, flags):
-        run = out_dir / name
-        if finished(run, flags["max_iters"]):
-            return
-        words = ["--resume"] if (run / "ckpt.pt").exists() else [
-            word for key, value in flags.items() for word in ([f"--{key}", str(value)] if value is not True else [f"--{key}"])]
-        with open(out_dir / f"{name}.txt", "a") as output:
-            code = subprocess.run([sys.executable, *map(str, command), "--out_dir", run, *words], stdout=output,
-                                  stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
-        print(f"{name}: " + ("done" if code == 0 else f"failed, see {output.name}"), flush=True)
-
+    """runs: {name: (command, flags of train.py)}. Each trains into out_dir/name. A finished run is not repeated, and
+    one that was cut off is resumed."""
     out_dir.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda run: train(run[0], *run[1]), runs.items()))
+        for _ in pool.map(lambda name: train_one(out_dir / name, *runs[name]), runs):
+            pass
+
+
+def train_one(run, command, flags):
+    if finished(run, flags["max_iters"]):
+        return
+    words = ["--resume"]
+    if not (run / "ckpt.pt").exists():
+        words = [word for key, value in flags.items()
+                 for word in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
+    with open(f"{run}.txt", "a") as output:
+        code = subprocess.run([sys.executable, *map(str, command), "--out_dir", run, *words], stdout=output,
+                              stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    print(f"{run.name}: " + ("done" if code == 0 else f"failed, see {run}.txt"), flush=True)
 
 
 def pyplot():
