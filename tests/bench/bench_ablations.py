@@ -3,7 +3,7 @@ The report's claims, small: the tiny preset on the default corpus, three seeds o
 
     python tests/bench/bench_ablations.py --out_dir out-ablations               # an hour or two on two cores
     python tests/bench/bench_ablations.py --out_dir out-ablations balance mtp   # only these studies
-    python tests/bench/bench_ablations.py --log tests/results/ablations.jsonl --plot .  # of results kept there
+    python tests/bench/bench_ablations.py --log tests/results/ablations.jsonl --plot .    # kept results
 
     balance     auxiliary-loss-free balancing, an auxiliary loss, and neither (§4.5.2, arXiv 2408.15664)
     router      the bias update speed γ and the routed scaling factor
@@ -16,7 +16,6 @@ A study that was cut off continues where it stopped. OUT_DIR/ablations.jsonl get
 is measured on its weights.
 """
 
-import argparse
 import itertools
 import json
 import random
@@ -39,7 +38,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from data.loader import open_bin, read_meta  # noqa: E402
 from data.prepare import documents, prepare  # noqa: E402
-from runs import finished, pyplot, read_log, train_all  # noqa: E402
+from runs import command_line, finished, pyplot, read_log, train_all  # noqa: E402
 
 SEEDS = (1, 2, 3)
 STEPS = 250                     # of 3,072 tokens
@@ -52,9 +51,9 @@ MHA_FLAGS = dict(v_head_dim=34, kv_lora_rank=248)
 
 
 class MHA(nn.Module):
-    """Multi-head attention with MLA's interface. Keys and values have projections of their own, and all of them
-    are cached. RoPE rotates d_rope of a head's d_nope channels. With v_head_dim=34 it has as many parameters as
-    the tiny preset's MLA, up to MLA's two norms."""
+    """Multi-head attention with MLA's interface. Keys and values have their own projections, and all of them
+    are cached. RoPE rotates d_rope of a head's d_nope channels. With v_head_dim=34 it has as many parameters
+    as the tiny preset's MLA, up to MLA's two norms."""
 
     def __init__(self, config):
         super().__init__()
@@ -126,7 +125,7 @@ def variants(experiments):
 
 
 def write_paragraphs(where):
-    """The standard library cut at blank lines into a folder of small texts, shuffled: neighbours are unrelated."""
+    """The standard library cut at blank lines into small texts, shuffled: neighbours are unrelated."""
     parts = [part + b"\n" for text in documents("stdlib", None, where) for part in text.split(b"\n\n")
              if 80 < len(part) < 400]
     random.Random(0).shuffle(parts)
@@ -266,8 +265,8 @@ def table(kept, title, rows):
 
 
 def fit(points):
-    """points: (n, 3) of active parameters N, tokens D, loss.
-    -> E, A, alpha, B, beta of loss = E + A/N^alpha + B/D^beta: the exponents by search, the rest by least squares."""
+    """points: (n, 3) of active parameters N, tokens D, loss. -> E, A, alpha, B, beta of E + A/N^alpha +
+    B/D^beta: the exponents by search, the rest by least squares."""
     N, D, loss = np.array(points).T
     best = None
     for alpha, beta in itertools.product(np.linspace(0.05, 1.5, 59), repeat=2):
@@ -364,8 +363,7 @@ def main():
         model.MLA = MHA
         return train.main(sys.argv[2:])
     names = ("balance", "router", "mtp", "attention", "documents", "scaling")
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("experiments", nargs="*", metavar="STUDY", help=f"{', '.join(names)}; default: all")
     parser.add_argument("--out_dir", type=Path, default=Path("out-ablations"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")

@@ -1,11 +1,11 @@
 """
 Decoding speed beside transformers' DeepseekV3ForCausalLM with the same weights, where it is installed.
 
-    python tests/bench/bench_decode.py                        # the table: prefill and plain decode, ratios in one run
-    python tests/bench/bench_decode.py --compile              # with our steps under torch.compile as well
-    python tests/bench/bench_decode.py --ckpt out             # plain against speculative decoding of a trained model
+    python tests/bench/bench_decode.py                # prefill and plain decoding, with the ratios
+    python tests/bench/bench_decode.py --compile      # with our steps under torch.compile as well
+    python tests/bench/bench_decode.py --ckpt out     # plain and speculative decoding of a trained model
 
-Medians of repeated runs, the contestants taking turns, so that a noisy machine disturbs all of them alike.
+Medians of repeated runs. The contestants take turns, so that a noisy machine disturbs all of them alike.
 """
 
 import argparse
@@ -22,17 +22,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from model import DeepSeekV3, DeepSeekV3Config  # noqa: E402
+from runs import command_line  # noqa: E402
 from sample import compile_steps, continuation, load  # noqa: E402
 
-BENCH = dict(vocab_size=512, hidden_size=256, num_hidden_layers=6, first_k_dense_replace=1, num_attention_heads=8,
-             q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
-             n_routed_experts=32, num_experts_per_tok=4, n_group=1, topk_group=1, moe_intermediate_size=128,
-             intermediate_size=704, num_nextn_predict_layers=0, max_position_embeddings=8192, initializer_range=0.02)
+BENCH = dict(vocab_size=512, hidden_size=256, num_hidden_layers=6, first_k_dense_replace=1,
+             num_attention_heads=8, q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=32,
+             qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=32, num_experts_per_tok=4, n_group=1,
+             topk_group=1, moe_intermediate_size=128, intermediate_size=704, num_nextn_predict_layers=0,
+             max_position_embeddings=8192, initializer_range=0.02)
 REPEATS, STEPS = 7, 32
 
 
 def transformers_model(model, implementation):
-    """transformers' model with the weights of ours, or None where it isn't installed."""
+    """transformers' model with our weights, or None where it isn't installed."""
     try:
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError:
@@ -56,7 +58,7 @@ class Ours:
     @torch.inference_mode()
     def prefill(self, idx):
         self.cache, self.pos = self.model.new_cache(1, idx.size(1) + STEPS), idx.size(1)
-        return self.model.lm_head(self.model.prefill(idx, self.cache)[:, -1:]).argmax(-1)      # as generate does
+        return self.model.lm_head(self.model.prefill(idx, self.cache)[:, -1:]).argmax(-1)   # as generate does
 
     def step(self, token):
         self.pos += 1
@@ -81,7 +83,7 @@ class Theirs:
 
 
 def measure(contestants, lengths):
-    """-> {(length, name): (median prefill seconds, median seconds per decoded token)}; the greedy tokens must agree."""
+    """-> {(length, name): (median prefill seconds, median seconds per token)}; greedy tokens must agree."""
     times = {(length, name): ([], []) for length in lengths for name in contestants}
     for repeat, length in itertools.product(range(REPEATS + 1), lengths):
         idx = torch.randint(0, BENCH["vocab_size"], (1, length), generator=torch.Generator().manual_seed(1))
@@ -104,12 +106,14 @@ def measure(contestants, lengths):
 def compare(compile):
     torch.manual_seed(0)
     model = DeepSeekV3(DeepSeekV3Config(**BENCH)).eval()
-    print(f"config bench: {model.num_params():,} parameters, batch 1, fp32, {torch.get_num_threads()} threads")
+    print(f"config bench: {model.num_params():,} parameters, batch 1, fp32, "
+          f"{torch.get_num_threads()} threads")
     cache = sum(c.numel() * c.element_size() for c in model.new_cache(1, 4096 + 1))
     model.generate(torch.zeros(1, 1, dtype=torch.int64), 4096)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024        # before others load their models
-    print(f"4096 tokens generated: cache {cache / 2**20:.1f} MiB, peak memory of the process {peak:.0f} MiB, of which "
-          f"{model.num_params() * 4 / 2**20:.0f} MiB are weights and the rest mostly PyTorch itself", flush=True)
+    weights = model.num_params() * 4 / 2**20
+    print(f"4096 tokens generated: cache {cache / 2**20:.1f} MiB, peak memory of the process {peak:.0f} MiB, "
+          f"of which {weights:.0f} MiB are weights and most of the rest is PyTorch", flush=True)
     contestants = {"ours": Ours(model)}
     if compile:
         contestants["ours compiled"] = Ours(copy.deepcopy(model))
@@ -119,7 +123,8 @@ def compare(compile):
             contestants[f"transformers {implementation}"] = Theirs(theirs)
     if len(contestants) == 1:
         print("transformers is not installed: only our own times (pip install transformers)")
-    print(f"{'prompt':>6}  {'contestant':<24}{'prefill ms':>12}{'ms/token':>10}{'prefill x':>11}{'decode x':>10}")
+    print(f"{'prompt':>6}  {'contestant':<24}{'prefill ms':>12}{'ms/token':>10}{'prefill x':>11}"
+          f"{'decode x':>10}")
     found = measure(contestants, (128, 512, 2048))
     for (length, name), (prefill, step) in found.items():
         ours = found[length, "ours"]
@@ -128,13 +133,13 @@ def compare(compile):
 
 
 def speculation(ckpt, compile):
-    """Tokens per second of greedy and sampled text, plain and speculative in turns, on a trained model."""
+    """Tokens per second of greedy and sampled text from a trained model, plain and speculative in turns."""
     model, enc, *_, window = load(ckpt, "cpu")
     prompt = torch.tensor([enc.encode_ordinary("import os\n\n\ndef ")])
     if compile:
         compile_steps(model)
-    print(f"{'temperature':>11}{'plain tok/s':>13}{'speculative':>13}{'ratio':>7}{'accepted':>10}{'tokens/forward':>16}"
-          f"{'ms/forward plain':>18}{'speculative':>13}")
+    print(f"{'temperature':>11}{'plain tok/s':>13}{'speculative':>13}{'ratio':>7}{'accepted':>10}"
+          f"{'tokens/forward':>16}{'ms/forward plain':>18}{'speculative':>13}")
     for temperature in (0.0, 0.8):
         rates = {True: [], False: []}
         for repeat in range(REPEATS + 1):
@@ -147,14 +152,15 @@ def speculation(ckpt, compile):
                 if repeat:
                     rates[speculative].append((n / (time.perf_counter() - start), stats))
         plain, fast = (statistics.median(rate for rate, _ in rates[s]) for s in (False, True))
-        drafted, accepted, forwards = (sum(s[k] for _, s in rates[True]) for k in ("drafted", "accepted", "forwards"))
+        drafted, accepted, forwards = (sum(s[k] for _, s in rates[True])
+                                       for k in ("drafted", "accepted", "forwards"))
         per_forward = 1 + accepted / forwards
         print(f"{temperature:>11}{plain:>13.0f}{fast:>13.0f}{fast / plain:>7.2f}{accepted / drafted:>10.0%}"
               f"{per_forward:>16.2f}{1e3 / plain:>18.2f}{1e3 * per_forward / fast:>13.2f}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--ckpt", help="a run of train.py: measure speculation on it instead")
     parser.add_argument("--compile", action="store_true", help="compile our decoding steps too")
     args = parser.parse_args()

@@ -1,20 +1,20 @@
 """
-Context extension in two phases, as in §4.3 of the report: a model trained on 128 bytes reads 512, then 2048, by YaRN.
+Context extension in two phases, as in §4.3 of the report: a model trained on 128 bytes is extended to 512, then
+to 2048, by YaRN.
 
-    python tests/bench/bench_long_context.py --out_dir out-long      # goes on where it stopped
-    python tests/bench/bench_long_context.py --out_dir out-long --plot long_context.png        # needs: pip install matplotlib
+    python tests/bench/bench_long_context.py --out_dir out-long      # continues where it stopped
+    python tests/bench/bench_long_context.py --out_dir out-long --plot long_context.png     # needs matplotlib
 
-The data, alternating: Python's own source, and filler with a pass key in it that is asked for at the end, in texts that
-fit a phase's context. Evaluated after each phase, and before, at lengths up to 2048:
-    loss by position        on source that was not trained on
-    passkey retrieval       share of the keys of which all 4 characters are the likeliest tokens, by length of the text
-                            and depth of the key in it
-A key's characters are of four kinds that the filler lacks, so that looking one up takes a single step of attention. So
-small a model, after so few steps, learns none of it even at 128 (nor keys of 5 digits): what it shows is the loss.
-The report's YaRN in both phases: s = 40, alpha = 1, beta = 32, attention factor 0.1 ln s + 1.
+The data alternate between Python's own source and filler with a pass key that is asked for at the end, in texts
+that fit a phase's context. Evaluated before and after each phase, at lengths up to 2048:
+    loss by position        on held-out source
+    passkey retrieval       share of the keys whose 4 characters are all the likeliest tokens, by length of
+                            the text and depth of the key in it
+A key has characters of four kinds that the filler lacks, so looking one up takes a single step of attention. A
+model this small learns none of it in so few steps, not even at 128 (nor keys of 5 digits): what the study shows
+is the loss. The report's YaRN in both phases: s = 40, alpha = 1, beta = 32, attention factor 0.1 ln s + 1.
 """
 
-import argparse
 import json
 import random
 import subprocess
@@ -28,19 +28,19 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402
-from runs import pyplot  # noqa: E402
+from runs import command_line, pyplot  # noqa: E402
 from data.prepare import folder, prepare, STDLIB_SKIP  # noqa: E402
 from model import DeepSeekV3  # noqa: E402
 
 PHASES = {128: (1000, 16), 512: (200, 4), 2048: (200, 1)}       # context: steps, batch
-MODEL = ("--hidden_size 96 --num_hidden_layers 2 --n_routed_experts 4 --num_experts_per_tok 2 --n_group 1 --topk_group 1 "
-         "--num_nextn_predict_layers 0 --max_position_embeddings 128").split()
-YARN = dict(type="yarn", factor=40, original_max_position_embeddings=128, beta_fast=32, beta_slow=1, mscale=1.0,
-            mscale_all_dim=1.0)
+MODEL = ("--hidden_size 96 --num_hidden_layers 2 --n_routed_experts 4 --num_experts_per_tok 2 --n_group 1 "
+         "--topk_group 1 --num_nextn_predict_layers 0 --max_position_embeddings 128").split()
+YARN = dict(type="yarn", factor=40, original_max_position_embeddings=128, beta_fast=32, beta_slow=1,
+            mscale=1.0, mscale_all_dim=1.0)
 FILLER = b"the grass is green. the sky is blue. the sun is yellow. here we go. there and back again. "
 KEY, QUESTION = b"the pass key is %b. ", b"which? the pass key is "
 KINDS = ("ABCDEFGHIJKLM", "0123456789", "NOPQRSTUVWXYZ", "!#$%&*+=<>@")     # of the characters of a key
-DEPTHS, TRIES = (0.0, 0.25, 0.5, 0.75, 1.0), 20
+LENGTHS, DEPTHS, TRIES = (128, 256, 512, 1024, 2048), (0.0, 0.25, 0.5, 0.75, 1.0), 20
 
 
 def passkey_text(length, depth, rng):
@@ -79,8 +79,9 @@ def run_phase(out_dir, context, released):
         write_texts(out_dir / f"texts-{context}", context)
         prepare(data, input=out_dir / f"texts-{context}", tokenizer=released or "bytes")
     flags = ["--resume"] if (run / "ckpt.pt").exists() else [
-        "--data_dir", data, "--max_iters", steps, "--batch_size", batch, "--block_size", context, "--optimizer", "muon",
-        "--eval_interval", 250, "--log_interval", 50, "--learning_rate", 0.02 if released is None else 0.005]
+        "--data_dir", data, "--max_iters", steps, "--batch_size", batch, "--block_size", context,
+        "--optimizer", "muon", "--learning_rate", 0.02 if released is None else 0.005,
+        "--eval_interval", 250, "--log_interval", 50]
     if flags != ["--resume"]:
         flags += MODEL if released is None else ["--init_from", released]
         if context == 512:
@@ -92,7 +93,7 @@ def run_phase(out_dir, context, released):
 
 
 def held_out(data):
-    """The separator, and windows of source (n, 2049) that no phase was trained on."""
+    """The separator, and windows of source (n, 2049) that no phase trains on."""
     separator = json.loads((data / "meta.json").read_text())["separator"]
     tokens = np.fromfile(data / "val.bin", np.uint16).astype(np.int64)
     tokens = tokens[len(tokens) // 5:]      # the phases' splits are not cut at quite the same file
@@ -122,8 +123,8 @@ def evaluate(path, separator, source, lengths, **changes):
 
 def plot(results, path):
     plt = pyplot()
-    fig, axes = plt.subplots(1, 1 + len(results), figsize=(4.2 + 2.6 * len(results), 3.6), layout="constrained",
-                             width_ratios=[1.7] + [1] * len(results))
+    fig, axes = plt.subplots(1, 1 + len(results), figsize=(4.2 + 2.6 * len(results), 3.6),
+                             layout="constrained", width_ratios=[1.7] + [1] * len(results))
     for name, result in results.items():
         loss = np.array(result["loss"]).reshape(-1, 64).mean(1)
         axes[0].plot(np.arange(len(loss)) * 64 + 32, loss, label=name)
@@ -135,7 +136,8 @@ def plot(results, path):
         axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         for (y, x), value in np.ndenumerate(grid):
             axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=7)
-        axis.set(xticks=range(len(lengths)), yticks=range(len(DEPTHS)), xlabel="length of the text", title=name)
+        axis.set(xticks=range(len(lengths)), yticks=range(len(DEPTHS)), xlabel="length of the text",
+                 title=name)
         axis.set_xticklabels(lengths, fontsize=8)
         axis.set_yticklabels([f"{d:.0%}" for d in DEPTHS], fontsize=8)
         axis.title.set_fontsize(9)
@@ -144,7 +146,7 @@ def plot(results, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--out_dir", type=Path, default=Path("out-long"))
     parser.add_argument("--plot", help="write the picture to this file")
     args = parser.parse_args()
@@ -159,13 +161,14 @@ def main():
             names = {"trained on 128": {}, "YaRN, not trained": {"rope_scaling": YARN}}
         for name, changes in names.items():
             if name not in results:
-                results[name] = evaluate(released, *held_out(args.out_dir / "data-128"), (128, 256, 512, 1024, 2048), **changes)
+                results[name] = evaluate(released, *held_out(args.out_dir / "data-128"), LENGTHS, **changes)
                 path.write_text(json.dumps(results))
             loss = np.array(results[name]["loss"])
             print(f"{name}: loss at positions " + ", ".join(f"{a}-{b}: {loss[a:b].mean():.3f}" for a, b in (
                 (0, 128), (128, 512), (512, 1024), (1024, 2048))))
             for length, shares in results[name]["passkey"].items():
-                print(f"    passkey in {length}: " + "  ".join(f"{d:.0%}: {s:.0%}" for d, s in zip(DEPTHS, shares)))
+                shares = "  ".join(f"{depth:.0%}: {share:.0%}" for depth, share in zip(DEPTHS, shares))
+                print(f"    passkey in {length}: {shares}")
     if args.plot:
         plot(results, args.plot)
 

@@ -4,7 +4,6 @@ The report's schedules (§4.2) as train.py --batch_ramp follows them: learning r
     python tests/bench/plot_schedules.py --plot schedules.png        # needs: pip install matplotlib
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from optim import batch_sizes, schedule  # noqa: E402
-from runs import pyplot  # noqa: E402
+from runs import command_line, pyplot  # noqa: E402
 
 
 def plot(path):
@@ -33,6 +32,6 @@ def plot(path):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--plot", type=Path, default=Path("schedules.png"), help="the picture to write")
     plot(parser.parse_args().plot)

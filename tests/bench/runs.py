@@ -1,12 +1,18 @@
 """
-For the scripts beside this file: run train.py several times in parallel, one thread each, and read what it logs.
+For the scripts beside this file: run train.py several times in parallel, one thread each, and read its logs.
 """
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+
+
+def command_line(doc):
+    """A parser whose --help shows the script's docstring as it stands."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def read_log(run):
@@ -21,8 +27,8 @@ def finished(run, max_iters):
 
 
 def train_all(runs, out_dir, jobs):
-    """runs: {name: (command, flags of train.py)}. Each trains into out_dir/name. A finished run is not repeated, and
-    one that was cut off is resumed."""
+    """runs: {name: (command, flags of train.py)}. Each trains into out_dir/name. A finished run is not
+    repeated, and one that was cut off is resumed."""
     out_dir.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
         for _ in pool.map(lambda name: train_one(out_dir / name, *runs[name]), runs):
