@@ -1,18 +1,19 @@
 """
-Context extension in two phases, as in §4.3 of the report: a model trained on 128 bytes is extended to 512, then
-to 2048, by YaRN.
+Context extension in two phases, as in §4.3 of the report: a model trained on 128 bytes is extended to 512, and
+then to 2048, by YaRN.
 
     python tests/bench/bench_long_context.py --out_dir out-long      # continues where it stopped
     python tests/bench/bench_long_context.py --out_dir out-long --plot long_context.png     # needs matplotlib
 
-The data alternate between Python's own source and filler with a pass key that is asked for at the end, in texts
-that fit a phase's context. Evaluated before and after each phase, at lengths up to 2048:
+The data alternate between Python's own source and filler with a pass key that is asked for at the end, in
+texts that fit a phase's context. Evaluated before and after each phase, at lengths up to 2048:
     loss by position        on held-out source
     passkey retrieval       share of the keys whose 4 characters are all the likeliest tokens, by length of
                             the text and depth of the key in it
-A key has characters of four kinds that the filler lacks, so looking one up takes a single step of attention. A
-model this small learns none of it in so few steps, not even at 128 (nor keys of 5 digits): what the study shows
-is the loss. The report's YaRN in both phases: s = 40, alpha = 1, beta = 32, attention factor 0.1 ln s + 1.
+A key has characters of four kinds that the filler lacks, so looking one up takes a single step of attention.
+A model this small learns none of it in so few steps, not even at 128 (nor keys of 5 digits): what the study
+shows is the loss. The report's YaRN in both phases: s = 40, alpha = 1, beta = 32, attention factor
+0.1 ln s + 1.
 """
 
 import json

@@ -59,7 +59,7 @@ def weights():
 # The loss over a real vocabulary
 
 def peak_of_a_step(chunked, vocab_size=65536, batch=4, length=1024):
-    """MiB that forward and backward add to this process's peak. The model is one small dense layer, so the logits
+    """MiB that forward and backward add to this process's peak. The model is one small dense layer, so logits
     outweigh the rest. Eval mode computes all logits at once and returns them, train mode goes by chunks."""
     config = dataclasses.replace(DeepSeekV3Config.preset("tiny"), vocab_size=vocab_size, num_hidden_layers=1,
                                  num_nextn_predict_layers=0)

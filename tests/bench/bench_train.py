@@ -99,8 +99,8 @@ def beside_transformers():
     seconds, losses = interleaved(trainers, random_batch(config.vocab_size, BATCH, T))
     print(f"{model.num_params() / 1e6:.1f}M parameters, {BATCH} x {T} tokens, {torch.get_num_threads()} "
           "threads; bf16: autocast\n")
-    print(f"| | ms per step | tokens/s | loss against ours in fp32, largest difference of {REPEATS + 2} steps |"
-          "\n|---|---|---|---|")
+    print(f"| | ms per step | tokens/s | loss against ours in fp32, largest gap of {REPEATS + 2} steps |\n"
+          "|---|---|---|---|")
     for name, s in seconds.items():
         apart = max(abs(a - b) for a, b in zip(losses[name], losses["ours, fp32"]))
         print(f"| {name} | {1e3 * s:.0f} | {BATCH * T / s:,.0f} | {apart:.1e} |")
@@ -173,8 +173,8 @@ def presets():
 
 def roofline():
     print("No GPU here: nothing was run. What a step amounts to, and the bound that an H100's data sheet\n"
-          "sets (989 TFLOP/s in bf16, 3.35 TB/s). Optimizer traffic: weights, gradients and AdamW's moments are\n"
-          "read and written once in fp32, 28 bytes per parameter.\n")
+          "sets (989 TFLOP/s in bf16, 3.35 TB/s). Optimizer traffic: weights, gradients and AdamW's moments\n"
+          "are read and written once in fp32, 28 bytes per parameter.\n")
     print("| model | TFLOP per step | optimizer traffic | FLOP bound | memory bound | at 40% MFU |\n"
           "|---|---|---|---|---|---|")
     for name, (config, batch, length) in PRESETS.items():
