@@ -1,5 +1,5 @@
 """
-Context extension in two phases, as in §4.3 of the report: a model trained on 128 bytes is extended to 512, and
+Context extension in two phases, as in §4.3 of the report: a model trained on 128 bytes is extended to 512,
 then to 2048, by YaRN.
 
     python tests/bench/bench_long_context.py --out_dir out-long      # continues where it stopped
