@@ -724,8 +724,8 @@ def stored_size(name, t, fp8):
 @torch.no_grad()
 def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None):
     """DeepSeekV3.save_pretrained. Everything is written under temporary names first; then the old checkpoint goes."""
+    check_plain(model)
     dir, (tensors, copies) = Path(dir), released_tensors(model)
-    check_plain(model, tensors)
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     shards, room = [], 0        # names of tensors, for each file
@@ -785,15 +785,16 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
         os.replace(dir / (file + tmp), dir / file)
 
 
-def check_plain(model, tensors):
+def check_plain(model):
     """ValueError for a model that the released format can't describe."""
-    if any(name.endswith("_scale_inv") for name in tensors):
+    shapes = {(name, t.shape) for name, t in model.state_dict().items()}
+    if any(name.endswith("_scale_inv") for name, _ in shapes):
         raise ValueError("this model holds its weights in FP8, for inference only; load it with dtype=torch.bfloat16 "
                          "and save it with fp8=True")
-    plain, _ = released_tensors(on_meta(DeepSeekV3, model.config, "the model"))
-    shapes, own = ({(name, t.shape) for name, t in ts.items()} for ts in (plain, tensors))
-    if names := replaced_classes(model) or sorted({name for name, _ in shapes ^ own}):
-        raise ValueError(f"{', '.join(names[:5])}: not as in model.py, which readers of a released checkpoint expect; put "
+    plain = on_meta(DeepSeekV3, model.config, "the model").state_dict()
+    odd = replaced_classes(model) or sorted({name for name, _ in shapes ^ {(n, t.shape) for n, t in plain.items()}})
+    if odd:
+        raise ValueError(f"{', '.join(odd[:5])}: not as in model.py, which readers of a released checkpoint expect; put "
                          "the original classes back, and merge adapters into the weights")
 
 

@@ -720,17 +720,19 @@ class DeepSeekV3(nn.Module):
         import checkpoint
         return checkpoint.load(cls, dir, dtype, device, **changes)
 
-    def save_pretrained(self, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9):
+    def save_pretrained(self, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None):
         """Write the model in the released format, for Hugging Face's DeepseekV3ForCausalLM and from_pretrained.
 
-        encoding: a tiktoken.Encoding, for tokenizer files. fp8: linear layers in FP8 with a scale per 128x128 block
+        encoding: a tiktoken.Encoding, for tokenizer files, and ends: its data.tokenizer.Ends; by default the files come
+        from the checkpoint that the model was loaded from. fp8: linear layers in FP8 with a scale per 128x128 block
         and the rest in bf16, as in the release. An earlier checkpoint in dir stays intact until the new one is
         written out; config.json comes last. Export a run of train.py:
 
-            model, encoding = sample.load("out", "cpu")[:2]; model.save_pretrained("export", encoding)
+            model, encoding, ends, _ = sample.load("out", "cpu")
+            model.save_pretrained("export", encoding, ends=ends)
         """
         import checkpoint
-        checkpoint.save(self, dir, encoding, fp8, shard_bytes)
+        checkpoint.save(self, dir, encoding, fp8, shard_bytes, ends)
 
     # -------------------------------------------------------------------------------------------------- generation
 

@@ -24,7 +24,7 @@ from data.prepare import prepare
 from data.tokenizer import (BYTES, DEEPSEEK_EOS, KIMI_PATTERN, Ends, build, encode, encoding_to_tokenizer_json, get_tokenizer,
                             token_bytes, tokenizer_files)
 from fp8 import quantize_reference, weight_dequant
-from model import MLA, DeepSeekV3
+from model import MLA, MLP, DeepSeekV3
 
 st = pytest.importorskip("safetensors.torch", reason="released checkpoints are safetensors files")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,6 +88,16 @@ def write(dir, tensors, raw, shards=1):
     return dir
 
 
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_index(dir, change):
+    content = json.loads((dir / "model.safetensors.index.json").read_text())
+    change(content["weight_map"])
+    (dir / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
 def equal(a, b):
     a, b = a.state_dict(), b.state_dict()
     assert a.keys() == b.keys()
@@ -137,6 +147,91 @@ def test_mtp_dropped_by_hugging_face_loads_without(tmp_path, make_model):
     tensors = {k: v for k, v in released(model).items() if not k.startswith(("model.layers.3.", "model.layers.4."))}
     loaded = DeepSeekV3.from_pretrained(write(tmp_path, tensors, config_json(model.config)))
     assert loaded.config.num_nextn_predict_layers == 0 and len(loaded.model.layers) == 3
+
+
+@pytest.mark.parametrize("count", [0, None, "absent"])
+def test_an_mtp_layer_that_the_config_does_not_count_is_left_out(tmp_path, make_model, capsys, count):
+    model = make_model()
+    raw = config_json(model.config, num_nextn_predict_layers=count)
+    if count == "absent":
+        del raw["num_nextn_predict_layers"]
+    loaded = DeepSeekV3.from_pretrained(write(tmp_path, released(model), raw, shards=3))
+    assert loaded.config.num_nextn_predict_layers == 0 and torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "MTP layer 3" in lines[0]
+    DeepSeekV3.from_pretrained(write(tmp_path, released(model), config_json(model.config)), num_nextn_predict_layers=0)
+    assert not capsys.readouterr().err      # as asked
+
+
+def test_the_second_of_two_mtp_layers_is_left_out(tmp_path, make_model, capsys):
+    model = make_model(num_nextn_predict_layers=2)
+    raw = config_json(model.config, num_nextn_predict_layers=1)
+    loaded = DeepSeekV3.from_pretrained(write(tmp_path, released(model), raw))
+    assert len(loaded.model.layers) == 4 and "MTP layer 4" in capsys.readouterr().err
+    raw = config_json(model.config, num_hidden_layers=2, num_nextn_predict_layers=0)
+    with pytest.raises(ValueError, match="unexpected model.layers.2."):     # which is no MTP layer
+        DeepSeekV3.from_pretrained(write(tmp_path, released(model), raw))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("layer", [3, 4])
+@pytest.mark.parametrize("name, original", [("embed_tokens", "model.embed_tokens"), ("shared_head.head", "lm_head")])
+def test_an_mtp_module_with_ends_of_its_own_is_refused_by_name(tmp_path, make_model, layer, name, original, dtype):
+    model = make_model(num_nextn_predict_layers=2)
+    tensors = released(model)
+    name = f"model.layers.{layer}.{name}.weight"
+    same = tensors[name].bfloat16()         # rounded, but the same
+    equal(DeepSeekV3.from_pretrained(write(tmp_path, tensors | {name: same}, config_json(model.config))), model)
+    tensors[name][60, 47] += 0.01
+    write(tmp_path, tensors, config_json(model.config))
+    with pytest.raises(ValueError, match=f"{name} differs from {original}.weight.*num_nextn_predict_layers to 0"):
+        DeepSeekV3.from_pretrained(tmp_path, dtype)
+    edit(tmp_path / "config.json", num_nextn_predict_layers=0)
+    assert len(DeepSeekV3.from_pretrained(tmp_path).model.layers) == 3
+
+
+def test_a_head_in_fp8_and_its_copy(tmp_path, make_model):
+    model = make_model()
+    tensors = released(model)
+    q, scale = quantize_reference(model.lm_head.weight.detach(), 128)
+    for name in "lm_head.weight", "model.layers.3.shared_head.head.weight":
+        tensors |= {name: q.clone(), name + "_scale_inv": scale.clone()}
+    loaded = DeepSeekV3.from_pretrained(write(tmp_path, tensors, config_json(model.config)))
+    assert torch.equal(loaded.lm_head.weight, weight_dequant(q, scale))
+    tensors["model.layers.3.shared_head.head.weight_scale_inv"] *= 2
+    write(tmp_path, tensors, config_json(model.config))
+    with pytest.raises(ValueError, match="model.layers.3.shared_head.head.weight differs"):
+        DeepSeekV3.from_pretrained(tmp_path)
+
+
+def test_an_index_may_name_what_nobody_needs(tmp_path, make_model):
+    """As after a conversion to bf16, which leaves the names of the scales behind."""
+    model = make_model().bfloat16()
+    write(tmp_path, released(model), config_json(model.config), shards=3)
+    edit_index(tmp_path, lambda index: index.update({"model.norm.weight_scale_inv": "model-0.safetensors",
+                                                     "model.layers.9.x": "model-9.safetensors"}))
+    equal(DeepSeekV3.from_pretrained(tmp_path), model)
+    for file, words in ("model-0.safetensors", "missing x"), ("model-9.safetensors", "no model-9.safetensors.* x"):
+        tensors = {("x" if n == "lm_head.weight" else n): t for n, t in released(model).items()}
+        write(tmp_path, {n: t for n, t in tensors.items() if n != "x"}, config_json(model.config), shards=3)
+        edit_index(tmp_path, lambda index: index.update({"lm_head.weight": file}))
+        with pytest.raises(ValueError, match=words.replace("x", "lm_head.weight")):
+            DeepSeekV3.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e8m0fnu])
+def test_scales_of_any_float_type(tmp_path, make_model, dtype):
+    model = make_model()
+    tensors = released(model, fp8=True)
+    for name in [n for n in tensors if n.endswith("_scale_inv")]:
+        tensors[name] = tensors[name].to(dtype)
+    loaded = DeepSeekV3.from_pretrained(write(tmp_path, tensors, config_json(model.config)), torch.float32)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    want = tensors[name].float() * tensors[name + "_scale_inv"].float()
+    assert torch.equal(loaded.state_dict()[name], want)
+    tensors["model.layers.0.self_attn.o_proj.weight_scale_inv"] = torch.full((1, 1), math.nan).to(dtype)
+    with pytest.raises(ValueError, match="o_proj.weight_scale_inv holds scales"):
+        DeepSeekV3.from_pretrained(write(tmp_path, tensors, config_json(model.config)))
 
 
 def test_changes_override_the_config(tmp_path, make_model):
@@ -512,11 +607,94 @@ def test_a_save_that_fails_says_so_in_one_sentence(tmp_path, make_model, monkeyp
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_saving_leaves_other_files_alone(tmp_path, make_model):
-    (tmp_path / "model_of_mine.safetensors").write_text("mine")
-    (tmp_path / "model-00001-of-00002.safetensors").write_text("of an earlier save")
+@pytest.mark.parametrize("names", [["model-00001-of-000163", "model-00163-of-000163"], ["model-1-of-61"],
+                                   ["model"], ["model-00001-of-00002", "model-00002-of-00002", "weights"]])
+def test_saving_into_the_folder_of_a_release_leaves_none_of_its_weights(tmp_path, make_model, names):
+    """Readers that take all safetensors files would mix them with the new ones. What else there is stays."""
+    mine = {"model_of_mine.safetensors", "adapter_model.safetensors", "model-1-of-2.safetensors.txt", "README.md"}
+    old = {f"{name}.safetensors" for name in names}
+    for file in mine | old:
+        (tmp_path / file).write_text("x")
+    (tmp_path / "model-7-of-8.safetensors").mkdir()
+    weight_map = dict.fromkeys(sorted(old), "") | {name: name for name in old} | {"a": "../model_of_mine.safetensors",
+                                                                                  "b": "README.md", "c": 7}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    new = tmp_path / "new"
+    make_model().save_pretrained(new)
+    for file in mine:
+        (new / file).write_text("x")
     make_model().save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"model_of_mine.safetensors", "model.safetensors", "config.json"}
+    left = {p.name for p in tmp_path.iterdir()} - {"new", "model-7-of-8.safetensors"}
+    assert left == {p.name for p in new.iterdir()} == mine | {"config.json", "model.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text("{")     # damaged: what is named like a shard still goes
+    (tmp_path / "model-00001-of-000163.safetensors.tmp").write_text("of a killed save")
+    make_model().save_pretrained(tmp_path, shard_bytes=20_000)
+    assert not [p for p in tmp_path.iterdir() if p.name in ("model.safetensors", "model-00001-of-000163.safetensors.tmp")]
+    DeepSeekV3.from_pretrained(tmp_path)
+
+
+def test_all_files_of_an_export_have_the_same_mode(tmp_path, make_model):
+    for mask in 0o022, 0o077, 0o002:
+        before = os.umask(mask)
+        try:
+            make_model().save_pretrained(tmp_path / str(mask), get_tokenizer("bytes"), shard_bytes=20_000)
+        finally:
+            os.umask(before)
+        assert {p.stat().st_mode & 0o777 for p in (tmp_path / str(mask)).iterdir()} == {0o666 & ~mask}
+
+
+class Doubled(MLP):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Adapter(torch.nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def test_a_model_of_other_classes_is_not_exported(tmp_path, make_model, monkeypatch):
+    plain = make_model()
+    assert checkpoint.replaced_classes(plain) == []
+    monkeypatch.setattr("model.MLP", Doubled)
+    other = make_model()
+    monkeypatch.undo()
+    adapted, in_a_row = make_model(), make_model()
+    adapted.model.layers[0].self_attn.kv_b_proj = Adapter(adapted.model.layers[0].self_attn.kv_b_proj)
+    in_a_row.lm_head = torch.nn.Sequential(in_a_row.lm_head)
+    for model, names in (other, ["Doubled"]), (adapted, ["Adapter"]), (in_a_row, []):
+        assert checkpoint.replaced_classes(model) == names
+        with pytest.raises(ValueError, match=(names or ["lm_head.0.weight"])[0] + ".*put the original classes back"):
+            model.save_pretrained(tmp_path / "no")
+        assert not (tmp_path / "no").exists()
+    monkeypatch.setattr(MLA, "forward", lambda self, x, *args: x)
+    assert checkpoint.replaced_classes(plain) == ["MLA.forward"]
+    monkeypatch.undo()
+    plain.model.layers[0].mlp.forward = types.MethodType(Adapter.forward, plain.model.layers[0].mlp)
+    assert checkpoint.replaced_classes(plain) == ["MLP.forward"]
+
+
+def test_the_models_own_context_is_exported(tmp_path, make_model):
+    make_model(max_position_embeddings=77).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"] == 77
+
+
+@pytest.mark.parametrize("tqdm", [True, False])
+def test_progress_shows_on_a_terminal_only(monkeypatch, capsys, tqdm):
+    if tqdm:
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(clock))
+    assert list(checkpoint.progress(range(4), "reading x")) == [0, 1, 2, 3] and capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(checkpoint.progress(range(4), "reading x")) == [0, 1, 2, 3]
+    assert tqdm or capsys.readouterr().err == "reading x: 1 of 4\nreading x: 3 of 4\n"
 
 
 def index(**changes):
@@ -676,10 +854,6 @@ def exported(tmp_path, make_model):
     model = make_model(vocab_size=320)
     model.save_pretrained(tmp_path / "hf", get_tokenizer("bytes"))
     return model, tmp_path / "hf"
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_sample_from_a_released_checkpoint(exported, capsys):
