@@ -823,8 +823,9 @@ def is_tokenizer_of(source, encoding):
     """Whether the source's own tokenizer files give the ids of this tiktoken.Encoding."""
     from data.tokenizer import get_tokenizer, same_ids
     with tempfile.TemporaryDirectory() as dir:
-        for name in source.keys() & {"config.json", "tokenizer.json", "tokenizer_config.json", "tiktoken.model"}:
-            Path(dir, name).write_bytes(source[name].encode())
+        for name in source:
+            if name == "config.json" or SIDE_FILES.fullmatch(name) and "/" not in name:
+                Path(dir, name).write_bytes(source[name].encode())
         try:
             return same_ids(get_tokenizer(dir), encoding)
         except (ValueError, OSError):

@@ -21,8 +21,8 @@ import sample
 import train
 from checkpoint import load_checkpoint
 from data.prepare import prepare
-from data.tokenizer import (BYTES, DEEPSEEK_EOS, KIMI_PATTERN, Ends, build, encode, encoding_to_tokenizer_json, get_tokenizer,
-                            token_bytes, tokenizer_files)
+from data.tokenizer import (BYTES, DEEPSEEK_EOS, KIMI_PATTERN, Ends, build, encode, encoding_to_tokenizer_json,
+                            get_tokenizer, read_ends, token_bytes, tokenizer_files)
 from fp8 import quantize_reference, weight_dequant
 from model import MLA, MLP, DeepSeekV3
 
@@ -511,6 +511,35 @@ def test_transformers_loads_what_we_save_and_we_what_it_saves(tmp_path, make_mod
     same_outputs(back, theirs)
 
 
+@pytest.mark.parametrize("changes", [
+    {}, dict(q_lora_rank=None), dict(n_group=4, topk_group=2, norm_topk_prob=False),
+    dict(mlp_layer_types=["sparse"] * 3), dict(mlp_layer_types=["dense", "dense", "sparse"], n_shared_experts=2),
+    dict(rope_parameters={"rope_type": "yarn", "rope_theta": 5e4, **{k: v for k, v in YARN.items() if k != "type"}})], ids=str)
+def test_glm4_moe_lite_computes_the_same(tmp_path, make_config, changes):
+    """eps is large, so that the norms of q_a and kv_a, whose eps is always 1e-6, would show a wrong one."""
+    transformers = pytest.importorskip("transformers", reason="parity is with Hugging Face transformers")
+    pytest.importorskip("transformers.models.glm4_moe_lite")
+    sizes = {k: v for k, v in dataclasses.asdict(make_config(rms_norm_eps=0.1, n_group=1, topk_group=1)).items()
+             if k not in ("first_k_dense_replace", "num_nextn_predict_layers", "rope_theta", "rope_scaling")}
+    theirs = transformers.Glm4MoeLiteForCausalLM(transformers.Glm4MoeLiteConfig(**sizes | changes)).eval()
+    for name, t in theirs.named_buffers():
+        if "e_score_correction_bias" in name:
+            t.normal_(-0.3, 0.3)
+    theirs.save_pretrained(tmp_path / "a")
+    ours = DeepSeekV3.from_pretrained(tmp_path / "a")
+    same_outputs(ours, theirs)
+    ours.save_pretrained(tmp_path / "b")        # as a deepseek_v3
+    same_outputs(ours, transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32).eval())
+
+
+def test_kimi_k2_is_read_as_deepseek_v3(tmp_path, make_model, hf):
+    model = make_model(num_nextn_predict_layers=0, n_group=1, topk_group=1, routed_scaling_factor=2.827,
+                       rope_scaling=YARN | {"beta_fast": 1.0})
+    write(tmp_path / "kimi", released(model), config_json(model.config, model_type="kimi_k2"))
+    write(tmp_path / "v3", released(model), config_json(model.config))
+    same_outputs(DeepSeekV3.from_pretrained(tmp_path / "kimi"), hf.from_pretrained(tmp_path / "v3").eval())
+
+
 def test_fp8_equals_transformers_on_dequantised_weights(tmp_path, make_model, hf):
     model = make_model(hidden_size=144, intermediate_size=272, kv_lora_rank=136)
     tensors = released(model, fp8=True)
@@ -676,6 +705,68 @@ def test_a_model_of_other_classes_is_not_exported(tmp_path, make_model, monkeypa
     monkeypatch.undo()
     plain.model.layers[0].mlp.forward = types.MethodType(Adapter.forward, plain.model.layers[0].mlp)
     assert checkpoint.replaced_classes(plain) == ["MLP.forward"]
+
+
+@pytest.fixture
+def chat_model(tmp_path, make_model):
+    """A released chat model: it begins texts with BOS, ends them in two ways, and has chat templates."""
+    dir = tmp_path / "chat"
+    make_model(vocab_size=320).save_pretrained(dir, get_tokenizer("bytes"))
+    edit(dir / "tokenizer_config.json", add_bos_token=True, bos_token="<|endoftext|>", chat_template="{{ x }}")
+    edit(dir / "config.json", bos_token_id=256, eos_token_id=[256, 5], pad_token_id=0, model_type="kimi_k2")
+    (dir / "generation_config.json").write_bytes(b'{"eos_token_id": [256, 5],\r\n "temperature": 0.6}')
+    (dir / "chat_template.jinja").write_bytes("{{ 'é' }}\r\n".encode())
+    (dir / "additional_chat_templates").mkdir()
+    (dir / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    return dir
+
+
+def contents(dir):
+    return {p.relative_to(dir).as_posix(): p.read_bytes() for p in dir.rglob("*")
+            if p.is_file() and p.name not in ("config.json", "model.safetensors")}
+
+
+@pytest.mark.parametrize("with_encoding", [False, True])
+def test_where_texts_begin_and_end_travels_through(tmp_path, chat_model, with_encoding):
+    enc = get_tokenizer(chat_model)
+    ends = read_ends(chat_model, enc)
+    assert ends.add_bos and set(ends.eos) == {256, 5}
+    DeepSeekV3.from_pretrained(chat_model).save_pretrained(tmp_path / "b", enc if with_encoding else None)
+    assert contents(tmp_path / "b") == contents(chat_model) and len(contents(chat_model)) == 5
+    assert read_ends(tmp_path / "b", get_tokenizer(tmp_path / "b")) == ends
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "model_type")}
+    assert ids == {"bos_token_id": 256, "eos_token_id": [256, 5], "pad_token_id": 0, "model_type": "deepseek_v3"}
+
+
+def test_another_tokenizer_takes_the_place_of_the_sources(tmp_path, chat_model):
+    enc = build("x", get_tokenizer("bytes")._pat_str, BYTES, {"<|endoftext|>": 300, "<s>": 301})
+    model = DeepSeekV3.from_pretrained(chat_model)
+    model.save_pretrained(tmp_path / "b", enc, ends=Ends(301, (300, 7), True))
+    assert contents(tmp_path / "b").keys() == {"tokenizer.json", "tokenizer_config.json"}
+    assert read_ends(tmp_path / "b", get_tokenizer(tmp_path / "b")) == Ends(301, (300, 7), True)
+    model.save_pretrained(chat_model, enc)      # the ids in generation_config.json would be wrong now
+    assert "generation_config.json" not in contents(chat_model)
+    assert read_ends(chat_model, get_tokenizer(chat_model)).eos == (300,)
+
+
+def test_odd_files_beside_the_weights_are_no_harm(tmp_path, chat_model, monkeypatch):
+    good = DeepSeekV3.from_pretrained(chat_model).source_files
+    (chat_model / "generation_config.json").write_bytes(b"\xff\xfe")
+    (chat_model / "tokenizer.json").unlink()
+    (chat_model / "tokenizer.json").mkdir()
+    (chat_model / "special_tokens_map.json").symlink_to(tmp_path / "nowhere")
+    (chat_model / "added_tokens.json").write_bytes(b" " * 2**20)
+    os.mkfifo(chat_model / "tiktoken.model")
+    edit(chat_model / "config.json", bos_token_id="x", eos_token_id=[1, None], pad_token_id=True)
+    monkeypatch.setattr(checkpoint, "SIDE_BYTES", 2**19)
+    model = DeepSeekV3.from_pretrained(chat_model)
+    odd = {"generation_config.json", "tokenizer.json", "config.json"}
+    assert model.source_files == {name: text for name, text in good.items() if name not in odd} | {"config.json": "{}"}
+    model.source_files |= {"../outside": "x", "/outside": "x", "additional_chat_templates/../x.jinja": "x", "x.safetensors": "x"}
+    model.save_pretrained(tmp_path / "b", get_tokenizer("bytes"))
+    model.save_pretrained(tmp_path / "b")
+    assert {p.name for p in tmp_path.iterdir()} == {"chat", "b"} and "x.safetensors" not in contents(tmp_path / "b")
 
 
 def test_the_models_own_context_is_exported(tmp_path, make_model):

@@ -76,7 +76,17 @@ def test_transformers_5_form_reads_the_same(tmp_path):
     ({"hidden_act": "x" * 10**5}, "hidden_act='xxx"),
     ({"vocab_size": "x" * 10**5}, "vocab_size"),
     ({"rope_scaling": {"type": "x" * 10**5}}, "'xxx"),
-    ({"model_type": "deepseek_v2"}, "model_type='deepseek_v2'"),
+    ({"model_type": "deepseek_v2"}, "model_type='deepseek_v2' is not supported: its router uses a softmax"),
+    ({"model_type": "deepseek_v32"}, "its attention is sparse"),
+    ({"model_type": "deepseek_v4"}, "its attention is not MLA"),
+    ({"model_type": "deepseek_vl_v2"}, "it also reads images"),
+    ({"model_type": "llama"}, "only models that compute the same as DeepSeek-V3 are"),
+    ({"model_type": ["deepseek_v3"]}, "model_type=['deepseek_v3']"),
+    ({"index_n_heads": 64, "index_topk": 2048}, "index_topk=2048"),
+    ({"mlp_layer_types": ["sparse", "dense"] + ["sparse"] * 59}, "mlp_layer_types"),
+    ({"mlp_layer_types": ["dense"] * 3 + ["sparse"] * 57}, "61 in all"),
+    ({"mlp_layer_types": ["dense"] * 3 + ["linear"] * 58}, "mlp_layer_types"),
+    ({"mlp_layer_types": "dense"}, "mlp_layer_types='dense'"),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'"),
     ({"rope_scaling": {"type": "yarn"}}, "'factor'"),
     ({"hidden_size": -1}, "hidden_size"),
@@ -119,6 +129,44 @@ def test_rope_is_read_as_transformers_reads_it(tmp_path, changes, scaling, theta
     theirs = config.rope_parameters
     assert theirs["rope_theta"] == theta and theirs["rope_type"] == ("yarn" if scaling else "default")
     assert not scaling or {k: theirs[k] for k in scaling} == scaling
+
+
+MOONLIGHT = {"model_type": "deepseek_v3", "q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2,
+             "aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "num_nextn_predict_layers": 0, "rope_scaling": None,
+             "quantization_config": None}
+GLM_FLASH = {"model_type": "glm4_moe_lite", "n_group": 1, "topk_group": 1, "partial_rotary_factor": 1.0,
+             "rope_scaling": None, "rope_theta": 1000000, "rms_norm_eps": 1e-05, "first_k_dense_replace": 1,
+             "quantization_config": None}
+
+
+@pytest.mark.parametrize("changes, fields", [
+    (MOONLIGHT, dict(q_lora_rank=None, n_shared_experts=2, num_nextn_predict_layers=0)),
+    ({"model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "n_routed_experts": 384}, dict(n_routed_experts=384)),
+    ({"quantization_config": RELEASED["quantization_config"] | {"scale_fmt": "ue8m0"}}, {}),       # V3.1
+    (GLM_FLASH, dict(first_k_dense_replace=1, rope_theta=1e6, num_nextn_predict_layers=1)),
+    (GLM_FLASH | {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 60, "first_k_dense_replace": 9},
+     dict(first_k_dense_replace=2)),        # with the kind of the MTP layer
+    ({"mlp_layer_types": None, "n_shared_experts": None}, dict(first_k_dense_replace=3, n_shared_experts=0)),
+    ({"index_topk": None, "sliding_window": None}, {}),
+])
+def test_models_of_the_family_are_read(tmp_path, changes, fields):
+    config = read_config(write(tmp_path, {**RELEASED, **changes}))
+    assert {name: getattr(config, name) for name in fields} == fields
+
+
+def test_absent_keys_have_the_defaults_of_their_model_type(tmp_path):
+    """Those of transformers' classes, where it is installed."""
+    absent = ("n_group", "topk_group", "num_experts_per_tok", "routed_scaling_factor", "first_k_dense_replace",
+              "rms_norm_eps", "max_position_embeddings", "norm_topk_prob", "rope_theta", "rope_scaling")
+    raw = {k: v for k, v in RELEASED.items() if k not in absent}
+    for kind, name in ("deepseek_v3", "DeepseekV3Config"), ("glm4_moe_lite", "Glm4MoeLiteConfig"):
+        config = read_config(write(tmp_path, raw | {"model_type": kind}))
+        assert config.first_k_dense_replace == {"deepseek_v3": 3, "glm4_moe_lite": 1}[kind]
+        transformers = pytest.importorskip("transformers")
+        theirs = getattr(transformers, name)()
+        for key in absent[:4] + absent[5:8]:
+            assert getattr(config, key) == getattr(theirs, key), key
+        assert config.rope_theta == theirs.rope_parameters["rope_theta"] and config.rope_scaling is None
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "null", "\x00"])
