@@ -404,7 +404,7 @@ def compute_dtype(x):
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-@torch.compiler.disable
+@torch._disable_dynamo      # torch.compiler.disable would import the compiler: a second for every start
 def untraced_grouped_mm(x, weight, offs):
     """torch.compile traces grouped_mm in bf16 only: in other dtypes it runs as it is, between two graphs."""
     return F.grouped_mm(x, weight, offs=offs)
@@ -805,14 +805,15 @@ def sampling_probs(logits, temperature=1.0, top_k=None, top_p=None):
     logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature     # the maximum at 0: no overflow at any temperature
+    # the maximum at 0 doesn't overflow at any temperature; one below fp32's smallest number would be 0 there
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.size(-1):
         kth = logits.topk(top_k, -1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         p, order = probs.sort(-1, descending=True)
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)                           # what comes before already reaches top_p
+        p = p.masked_fill(p.cumsum(-1) - p >= max(top_p, 1e-30), 0.0)       # what comes before reaches top_p
         probs = torch.zeros_like(probs).scatter_(-1, order, p)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs

@@ -222,7 +222,9 @@ def test_sampling_probs():
     # 0.64 alone doesn't reach 0.7, 0.64 + 0.24 does
     torch.testing.assert_close(sampling_probs(logits, top_p=0.7), torch.cat([p[:2] / p[:2].sum(), torch.zeros(2)]))
     assert sampling_probs(logits, top_p=1e-6).tolist() == [1, 0, 0, 0]
-    assert sampling_probs(logits, 1e-30).tolist() == [1, 0, 0, 0]
+    for tiny in (1e-30, 1e-46, 5e-324):         # the last two are 0 in fp32
+        assert sampling_probs(logits, tiny).tolist() == sampling_probs(logits, top_p=tiny).tolist() == [1, 0, 0, 0]
+    torch.testing.assert_close(sampling_probs(logits, 1e300), torch.full((4,), 0.25))
 
 
 @pytest.mark.parametrize("generate", [DeepSeekV3.generate, speculate], ids=["plain", "speculative"])
