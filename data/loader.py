@@ -10,30 +10,43 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.prepare import prepare
+from data.prepare import SOURCES, prepare, progress
 from data.tokenizer import encoding_from_json, token_lengths
 
 
 def open_bin(path, meta):
     """The tokens of a .bin file, (n,) uint16 or uint32, mapped from disk."""
-    size, itemsize = path.stat().st_size, np.dtype(meta["dtype"]).itemsize
+    itemsize = np.dtype(meta["dtype"]).itemsize
+    check_size(path, meta, itemsize)
+    return np.memmap(path, meta["dtype"], mode="r")
+
+
+def open_mask(path, meta):
+    """(n,) bool: which tokens of a .bin file with pairs are to be predicted; None if all are."""
+    if not meta.get("pairs"):
+        return None
+    check_size(path.with_suffix(".mask"), meta, 1)
+    return np.memmap(path.with_suffix(".mask"), bool, mode="r")
+
+
+def check_size(path, meta, itemsize):
+    size = path.stat().st_size
     tokens = meta.get(f"{path.stem}_tokens", size // itemsize)      # data of other making may not record it
     if size != tokens * itemsize:
-        raise ValueError(f"{path} has {size:,} bytes in place of {tokens * itemsize:,}: cut off, or changed since it was "
-                         "prepared; delete the folder and prepare the data again")
-    return np.memmap(path, meta["dtype"], mode="r")
+        raise ValueError(f"{path} has {size:,} bytes in place of {tokens * itemsize:,}: cut off, or changed since "
+                         "it was prepared; delete the folder and prepare the data again")
 
 
 class Tokens:
     """The windows of a .bin file, in an order that depends on the seed and the sample's number only.
 
-    Each epoch cuts the file anew, at a random offset, into windows that don't overlap, and shuffles them. So sample
-    number n is the same whatever came before: a resumed run needs nothing but n.
+    Each epoch cuts the file at a random offset into windows that don't overlap, and shuffles them. So sample number n
+    is the same whatever came before: a resumed run needs nothing but n.
     """
 
     def __init__(self, path, meta, block_size, vocab_size, seed):
         self.path, self.T, self.vocab_size, self.seed = path, block_size, vocab_size, seed
-        self.tokens = open_bin(path, meta)
+        self.tokens, self.mask = open_bin(path, meta), open_mask(path, meta)
         if len(self.tokens) <= block_size:
             raise ValueError(f"{path} holds {len(self.tokens)} tokens, too few for one window of --block_size "
                              f"{block_size} and the token after it; give more data or a smaller block")
@@ -41,22 +54,25 @@ class Tokens:
         self.epoch = None
 
     def batch(self, n, count):
-        """Samples n..n+count-1: x, y (count, T) int64, y shifted by one."""
-        rows = []
+        """Samples n..n+count-1: x, y (count, T) int64; y is x shifted by one, -100 where nothing is predicted."""
+        starts = []
         for i in range(n, n + count):
             epoch, j = divmod(i, self.windows)
             if epoch != self.epoch:
                 rng = np.random.default_rng([self.seed, epoch])
                 spare = min(len(self.tokens) - 1 - self.windows * self.T, self.T - 1)
-                self.epoch, self.offset, self.order = epoch, rng.integers(spare + 1), rng.permutation(self.windows)
-            at = self.offset + self.order[j] * self.T
-            rows.append(self.tokens[at:at + self.T + 1])
-        rows = np.stack(rows)
+                self.epoch, self.offset = epoch, rng.integers(spare + 1)
+                self.order = rng.permutation(self.windows)
+            starts.append(self.offset + self.order[j] * self.T)
+        rows = np.stack([self.tokens[at:at + self.T + 1] for at in starts])
         if rows.max() >= self.vocab_size:       # on a GPU the model can't look without a stall
             raise ValueError(f"{self.path} holds token {rows.max()}, outside the model's vocabulary of "
                              f"{self.vocab_size}; prepare the data again, or raise --vocab_size")
-        rows = torch.from_numpy(rows.astype(np.int64))
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        x = torch.from_numpy(rows[:, :-1].astype(np.int64))
+        y = torch.from_numpy(rows[:, 1:].astype(np.int64))
+        if self.mask is not None:
+            y[torch.from_numpy(np.stack([~self.mask[at + 1:at + self.T + 1] for at in starts]))] = -100
+        return x, y
 
 
 def read_meta(path):
@@ -70,17 +86,16 @@ def read_meta(path):
 
 
 def open_data(cfg, config, vocab_size_given, rank=0):
-    """-> meta.json's dict, encoding.json's text and the train Tokens. Rank 0 prepares the data first where there are none.
-    Sizes config.vocab_size to them unless it was given."""
+    """-> meta.json's dict, encoding.json's text and the train Tokens. Sizes config.vocab_size to the data unless it
+    was given. Folders with the name of a source are prepared by rank 0 if they hold no data yet."""
     data_dir = Path(cfg.data_dir)
-    if rank == 0 and (not data_dir.exists() or data_dir.is_dir() and not any(data_dir.iterdir())):
-        source = data_dir.name if data_dir.name in ("shakespeare", "fineweb") else "stdlib"
-        print(f"{data_dir} has no data yet: preparing {source}")
-        prepare(data_dir, source=source)
+    if rank == 0 and data_dir.name in SOURCES and not (data_dir / "meta.json").is_file():
+        print(f"{data_dir} has no data yet: preparing {data_dir.name}")
+        prepare(data_dir, data_dir.name, again=False)
     for name in ("meta.json", "encoding.json", "train.bin", "val.bin"):
         if not (data_dir / name).is_file():
-            raise ValueError(f"{data_dir} has no {name}; prepare your text with: python data/prepare.py --input "
-                             f"FILE_OR_DIR --out_dir {data_dir}")
+            raise ValueError(f"{data_dir} {f'has no {name}' if data_dir.exists() else 'does not exist'}; prepare your "
+                             f"text with: python data/prepare.py --input FILE_OR_DIR --out_dir {data_dir}")
         if not (data_dir / name).stat().st_size:
             raise ValueError(f"{data_dir / name} is empty; delete the folder and prepare the data again")
     meta = read_meta(data_dir / "meta.json")
@@ -94,29 +109,31 @@ def open_data(cfg, config, vocab_size_given, rank=0):
 
 
 class Validation:
-    """Mean loss over the validation split, or its first 256 KB of text: windows without overlap, every token counted.
+    """Mean loss over the validation split, or its first 256 KB of text.
 
-    The first token follows a document separator, unless it is one itself, and a window's first token the last of the
-    window before, so that only the context restarts with the window.
+    Every token is predicted exactly once, those of prompts excepted; windows overlap by one token, so only the
+    context restarts with a window. The first token follows a separator.
     """
 
     def __init__(self, path, meta, encoding, block_size):
         lengths, separator = token_lengths(encoding_from_json(encoding)), meta["separator"]
         tokens = open_bin(path, meta)[:4 * 2**18].astype(np.int64)
         if tokens.max() >= len(lengths):
-            raise ValueError(f"{path} holds token {tokens.max()}, outside the tokenizer's vocabulary of {len(lengths)};"
-                             " prepare the data again")
-        ends = lengths[tokens].cumsum()
-        tokens = tokens[:np.searchsorted(ends, 2**18, side="right")]
-        if tokens[0] != separator:
-            tokens = np.concatenate([[separator], tokens])
-        self.n, self.bytes = len(tokens) - 1, int(lengths[tokens[1:]].sum())
+            raise ValueError(f"{path} holds token {tokens.max()}, outside the tokenizer's vocabulary of "
+                             f"{len(lengths)}; prepare the data again")
+        tokens = tokens[:np.searchsorted(lengths[tokens].cumsum(), 2**18, side="right")]
+        mask = open_mask(path, meta)
+        targets = tokens.copy() if mask is None else np.where(mask[:len(tokens)], tokens, -100)
+        start = 1 if tokens[0] == separator else 0
+        tokens, targets = np.concatenate([[separator], tokens[start:]]), targets[start:]
+        self.n, self.bytes = int((targets != -100).sum()), int(lengths[targets[targets != -100]].sum())
         if not self.bytes:
             raise ValueError(f"{path} holds no text to evaluate on; prepare more data")
-        rows = -(-self.n // block_size)
+        rows = -(-len(targets) // block_size)
         self.x = torch.full((rows * block_size,), separator)
         self.y = torch.full((rows * block_size,), -100)
-        self.x[:self.n], self.y[:self.n] = torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:])
+        self.x[:len(targets)] = torch.from_numpy(tokens[:-1])
+        self.y[:len(targets)] = torch.from_numpy(targets)
         self.x, self.y = self.x.view(rows, block_size), self.y.view(rows, block_size)
 
     @torch.no_grad()
@@ -124,9 +141,9 @@ class Validation:
         """-> val_loss in nats per token, val_bpb in bits per byte of the raw text."""
         model.eval()
         nats = 0.0
-        spare = -len(self.x) % batch_size       # equal batches: torch.compile would compile anew for a smaller last one
+        spare = -len(self.x) % batch_size       # equal batches: torch.compile compiles again for a smaller last one
         x_all, y_all = F.pad(self.x, (0, 0, 0, spare)), F.pad(self.y, (0, 0, 0, spare), value=-100)
-        for x, y in zip(x_all.split(batch_size), y_all.split(batch_size)):
+        for x, y in progress(list(zip(x_all.split(batch_size), y_all.split(batch_size))), "evaluating"):
             x, y = x.to(device), y.to(device)
             with autocast():
                 _, loss, _ = model(x, y, doc_ids=doc_ids(x))

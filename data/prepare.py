@@ -5,15 +5,20 @@
     python data/prepare.py --input book.txt --tokenizer gpt2
     python data/prepare.py --input folder/ --tokenizer DeepSeek-V3/tokenizer.json
     python data/prepare.py --input folder/ --fim_rate 0.1    # a tenth of the documents teach to fill in a middle
+    python data/prepare.py --input chats.jsonl --tokenizer DeepSeek-V3      # pairs, for fine-tuning
 
 A .bin file is a flat array of token ids, np.memmap(file, dtype=meta["dtype"]):
     separator, document, separator, document, ...            # the separator stands *before* each document
-A released tokenizer's separator is its end of a text; if it begins texts with a token, that follows the separator.
+The separator is the token that ends a text. A model that expects a token before each text finds that after the separator.
 The last 10% of the raw bytes are val. The cut is made before tokenising, so that every tokenizer is judged on the
-same text; a document that lies across the cut goes on in val without a separator.
+same text; a document that lies across the cut continues in val without a separator.
 
-Fill-in-middle (§4.1 of the DeepSeek-V3 report): of the documents that lie in train as a whole, --fim_rate are cut at two
-random characters and written as prefix, suffix, middle, from which a model learns to put a middle into a hole:
+A .jsonl file holds a JSON object per line. {"text": ...} is a document. {"prompt": ..., "completion": ...} is one too, but
+only the completion and the separator behind it are trained on: train.mask and val.mask hold a byte per token, 1 where
+the token is to be predicted. A pair is never cut, and special tokens in it, such as <|im_start|>, become their ids.
+
+Fill-in-middle (§4.1 of the DeepSeek-V3 report): of the documents that lie in train as a whole, --fim_rate are cut at
+two random characters and written as prefix, suffix, middle, from which a model learns to fill a hole:
     separator, <｜fim▁begin｜>, prefix, <｜fim▁hole｜>, suffix, <｜fim▁end｜>, middle, separator, ...
 """
 
@@ -23,32 +28,49 @@ import fnmatch
 import http.client
 import json
 import os
+import shutil
 import sys
 import sysconfig
 import tempfile
+import time
 import urllib.request
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that this file runs as a script and imports as a module
 
-from data.tokenizer import (BYTES, FIM, encode, encoding_to_json, fim_ids, get_tokenizer, read_ends,  # noqa: E402
-                            token_lengths, with_special_tokens)
+from data.tokenizer import BYTES, FIM, Ends, encode, encoding_to_json, fim_ids, get_tokenizer  # noqa: E402
+from data.tokenizer import read_ends, with_special_tokens  # noqa: E402
 
+try:
+    import fcntl
+except ImportError:     # not a Unix: there, nothing keeps two preparations of one folder apart
+    fcntl = None
+
+SOURCES = ("stdlib", "shakespeare", "fineweb")
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 FINEWEB_BYTES = 1_000_000_000  # of text, where --source fineweb stops
 STDLIB_SKIP = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test",  # not the library, and
-               "encodings", "pydoc_data", "config-*", "_sysconfigdata*")                       # tables made by machines
-FILES = ("train.bin", "val.bin", "encoding.json", "meta.json")  # meta.json last: who sees it sees a whole dataset
+               "encodings", "pydoc_data", "config-*", "_sysconfigdata*")                       # generated tables
+TABLES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".ipynb", ".xlsx")
+FILES = ("train.bin", "val.bin", "train.mask", "val.mask", "encoding.json", "meta.json")   # who sees the last sees all
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sources. Each yields documents: non-empty bytes that are valid UTF-8, kept to the byte (CRLF too).
+# Sources
+
+
+class Document(NamedTuple):
+    text: bytes                 # valid UTF-8, kept to the byte (CRLF too)
+    name: str                   # its file or line, for messages
+    prompt: bytes | None = None     # of a pair: precedes the text and is not trained on
 
 
 def documents(source: str, input, out_dir: Path):
+    """An iterator of Documents."""
     if input is not None and source != "stdlib":
         raise ValueError("give either a source or an input, not both")
     if input is not None:
@@ -57,28 +79,37 @@ def documents(source: str, input, out_dir: Path):
             return folder(path, "*", (".*",), out_dir)
         if not path.is_file():
             raise FileNotFoundError(f"no input {path}: there is no such file or folder")
+        if path.suffix.lower() in TABLES:
+            raise ValueError(f"input {path} is a table or markup, not text: write it as {path.stem}.jsonl, an object "
+                             'per line: {"text": ...} or {"prompt": ..., "completion": ...}')
+        if path.suffix.lower() == ".jsonl":
+            return json_lines(path)
         raw = path.read_bytes()
-        if not raw or not is_text(raw):
-            raise ValueError(f"input {path} is {'not UTF-8 text' if raw else 'empty'}")
-        return iter([raw])
+        if fault := text_fault(raw):
+            raise ValueError(f"input {path} {fault}")
+        return iter([Document(raw, str(path))])
     if source == "stdlib":
         return folder(Path(sysconfig.get_paths()["stdlib"]), "*.py", STDLIB_SKIP, out_dir)
     if source == "shakespeare":
         return shakespeare()
     if source == "fineweb":
         return fineweb()
-    raise ValueError(f"no source {source}: give stdlib, shakespeare or fineweb")
+    raise ValueError(f"no source {source}: give {', '.join(SOURCES)}")
 
 
-def is_text(raw: bytes) -> bool:
+def text_fault(raw: bytes) -> str | None:
+    """Why raw is not a text."""
     try:
-        return "\0" not in raw.decode()
-    except UnicodeDecodeError:
-        return False
+        raw.decode()
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8"
+    if b"\0" in raw:
+        return f"is binary, not text: byte {raw.index(0)} is NUL"
+    return None if raw else "is empty"
 
 
 def folder(root: Path, pattern: str, skip: tuple, out_dir: Path):
-    """Each text file below root whose name fits pattern, by relative path; files and folders named in skip are not."""
+    """Each text file below root whose name fits pattern, by relative path, without files and folders named in skip."""
     paths, odd, found = [], [], False
     for where, folders, names in os.walk(root):
         folders[:] = [f for f in folders if not any(fnmatch.fnmatchcase(f, s) for s in skip)]
@@ -86,23 +117,47 @@ def folder(root: Path, pattern: str, skip: tuple, out_dir: Path):
         if Path(where).resolve() == out_dir.resolve():
             names = [n for n in names if n not in FILES]  # our own output is not input, or a second run would differ
         paths += [Path(where, n) for n in names]
-    for path in sorted(paths, key=lambda p: p.relative_to(root).as_posix()):
-        if path.is_file() and (raw := path.read_bytes()):
-            if is_text(raw):
-                found = True
-                yield raw
-            else:
-                odd.append(path)
+    for path in progress(sorted(paths, key=lambda p: p.relative_to(root).as_posix()), f"reading {root}"):
+        if not path.is_file() or not path.stat().st_size:
+            continue
+        if path.suffix.lower() == ".jsonl":
+            yield from json_lines(path)
+            found = True
+        elif fault := text_fault(raw := path.read_bytes()):
+            odd.append(f"{path} {fault}")
+        else:
+            yield Document(raw, str(path))
+            found = True
     if odd:
-        print(f"skipped (not UTF-8 text): {odd[0]}" + f" and {len(odd) - 1} more" * (len(odd) > 1))
+        print(f"skipped: {odd[0]}" + f" (and {len(odd) - 1} more like it)" * (len(odd) > 1))
     if not found:
         raise ValueError(f"no text in {root}: name some with --input FILE_OR_DIR")
+
+
+def json_lines(path: Path):
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            name, entry = f"{path}, line {number}", None
+            if not line.strip():
+                continue
+            with contextlib.suppress(ValueError, RecursionError):
+                entry = json.loads(line)
+            match entry:
+                case {"text": str(text)} if not entry.keys() & {"prompt", "completion"}:
+                    prompt = None
+                case {"prompt": str(prompt), "completion": str(text)} if "text" not in entry:
+                    prompt = prompt.encode("utf-8", "replace")      # JSON can spell lone surrogates, UTF-8 can't
+                case _:
+                    raise ValueError(f'{name} is neither {{"text": ...}} nor {{"prompt": ..., "completion": ...}} with '
+                                     "strings as values")
+            if text or prompt:
+                yield Document(text.encode("utf-8", "replace"), name, prompt)
 
 
 def shakespeare():
     try:
         with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
-            yield response.read()
+            yield Document(response.read(), SHAKESPEARE)
     except (OSError, http.client.HTTPException) as error:
         raise OSError(f"could not download {SHAKESPEARE} ({error}): get it another way and use --input FILE") from error
 
@@ -114,24 +169,44 @@ def fineweb():
     except ImportError as error:
         raise ImportError("--source fineweb needs the datasets package: pip install datasets") from error
     size = 0
-    with tqdm(total=FINEWEB_BYTES, unit="B", unit_scale=True) as bar:
-        for row in load_dataset("HuggingFaceFW/fineweb-edu", name="sample-10BT", split="train", streaming=True):
+    rows = load_dataset("HuggingFaceFW/fineweb-edu", name="sample-10BT", split="train", streaming=True)
+    with tqdm(total=FINEWEB_BYTES, unit="B", unit_scale=True, disable=None) as bar:    # None: on terminals only
+        for number, row in enumerate(rows):
             if text := row["text"].encode():
-                yield text
+                yield Document(text, f"document {number}")
                 size += len(text)
                 bar.update(len(text))
             if size >= FINEWEB_BYTES:
                 break
 
 
+def progress(items: list, what: str):
+    """The items, counted on a terminal: by tqdm where it is installed, else by a line now and then."""
+    if not (sys.stderr and sys.stderr.isatty()) or os.environ.get("RANK", "0") != "0":
+        yield from items
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        last = time.monotonic()
+        for number, item in enumerate(items):
+            if time.monotonic() - last > 10:
+                print(f"{what}: {number:,} of {len(items):,}", file=sys.stderr)
+                last = time.monotonic()
+            yield item
+    else:
+        yield from tqdm(items, what, leave=False, delay=1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.0) -> dict:
-    """Tokenises a source (or the file or folder `input`) into out_dir. Returns the contents of meta.json: dtype,
-    vocab_size, tokenizer, separator (an id), bos, eos, add_bos (see Ends), source, documents, bytes_per_token, max_token
-    (the highest id in the data), {train,val}_tokens, {train,val}_bytes, {train,val}.bin_crc32 (by which a resumed run
-    knows its data); with fim_rate also that and fim_documents.
+def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.0, again=True) -> dict | None:
+    """Tokenises a source (or the file or folder `input`) into out_dir, unless that holds data and not `again`.
+
+    Returns the contents of meta.json: dtype, vocab_size, tokenizer, separator, bos, eos, add_bos (ids, see Ends),
+    max_token (the highest id in the data), source, documents, pairs, bytes_per_token, {train,val}_tokens,
+    {train,val}_bytes, {train,val}.bin_crc32 (by which a resumed run knows its data), fim_rate, fim_documents.
 
     All or nothing: when it raises (ValueError for bad input, OSError, ImportError, KeyboardInterrupt), an earlier
     dataset in out_dir is untouched and nothing is left beside it. Memory: one document with its tokens at a time.
@@ -144,18 +219,20 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
     if fim_rate:
         enc = with_special_tokens(enc, FIM)
     out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir) as staged:  # removed whatever happens
-        staged = Path(staged)
-        meta = {"dtype": "uint16" if enc.n_vocab <= 1 << 16 else "uint32", "vocab_size": enc.n_vocab,
-                "tokenizer": enc.name, "separator": ends.eos[0], "bos": ends.bos,
-                "eos": list(ends.eos), "add_bos": ends.add_bos,
-                "source": Path(input).name if input else source}
-        meta |= write_tokens(docs, enc, ends, meta["dtype"], staged, fim_rate)
-        for name, text in ("encoding.json", encoding_to_json(enc)), ("meta.json", json.dumps(meta, indent=2) + "\n"):
-            with open(staged / name, "w", encoding="utf-8") as file:
-                file.write(text)
-                sync(file)
-        publish(staged, out_dir)
+    with alone_in(out_dir):
+        if not again and (out_dir / "meta.json").is_file():     # another process was faster
+            return None
+        with tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir) as staged:  # removed whatever happens
+            staged = Path(staged)
+            meta = {"dtype": "uint16" if enc.n_vocab <= 1 << 16 else "uint32", "vocab_size": enc.n_vocab,
+                    "tokenizer": enc.name, "separator": ends.eos[0], "bos": ends.bos, "eos": list(ends.eos),
+                    "add_bos": ends.add_bos, "source": Path(input).name if input else source}
+            meta |= write_tokens(docs, enc, ends, meta["dtype"], staged, fim_rate)
+            for name, text in ("encoding.json", encoding_to_json(enc)), ("meta.json", json.dumps(meta, indent=2) + "\n"):
+                with open(staged / name, "w", encoding="utf-8") as file:
+                    file.write(text)
+                    sync(file)
+            publish(staged, out_dir)
     print(f"{out_dir}: {meta['train_tokens']:,} train + {meta['val_tokens']:,} val tokens from {meta['documents']:,} "
           f"documents\n"
           f"vocabulary {enc.n_vocab:,} ({enc.name}), {meta['bytes_per_token']:.2f} bytes/token, {meta['dtype']}")
@@ -164,62 +241,107 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
     return meta
 
 
-def write_tokens(docs, enc: tiktoken.Encoding, ends, dtype: str, where: Path, fim_rate=0.0) -> dict:
-    """Writes train.bin and val.bin of docs (non-empty UTF-8 bytes) into `where`; returns the counts for meta.json."""
-    lengths, before = token_lengths(enc), [ends.eos[0], ends.bos] if ends.add_bos else [ends.eos[0]]
-    is_bytes = enc._mergeable_ranks == BYTES  # then the text *is* its tokens: no list of a billion ints for a GB of it
+@contextlib.contextmanager
+def alone_in(out_dir: Path):
+    """Waits for other preparations of the folder, and removes what a killed one left. The kernel releases the lock."""
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(out_dir, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):      # some network drives have no locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            for left in out_dir.glob(".prepare-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        os.close(folder)
 
+
+class Split:
+    """train.bin or val.bin while it is written, and the mask beside it if there are pairs."""
+
+    def __init__(self, path: Path, enc: tiktoken.Encoding, dtype: str, masked: bool, stack: contextlib.ExitStack):
+        self.file = stack.enter_context(open(path, "wb"))
+        self.mask = stack.enter_context(open(path.with_suffix(".mask"), "wb")) if masked else None
+        self.enc, self.dtype = enc, dtype
+        self.tokens = self.text_tokens = self.bytes = self.max_token = self.crc = 0
+
+    def add(self, ids, predicted=True) -> None:
+        ids = np.asarray(ids, self.dtype)
+        self.file.write(ids.tobytes())
+        if self.mask:
+            self.mask.write(bytes([predicted]) * len(ids))
+        self.tokens += len(ids)
+        self.max_token = max(self.max_token, int(ids.max(initial=0)))
+        self.crc = zlib.crc32(ids.tobytes(), self.crc)
+
+    def add_text(self, text: bytes, name: str, predicted=True, special=False) -> None:
+        if self.enc._mergeable_ranks == BYTES and not special:      # the text *is* its tokens: no list of a billion
+            ids = np.frombuffer(text, np.uint8)                     # ints for a GB of it
+        else:
+            try:
+                ids = encode(self.enc, text.decode(), special)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            if self.enc.decode_bytes(ids) != text:
+                raise ValueError(f"{name}: tokenizer {self.enc.name} loses text: its pattern does not match all of it")
+        self.add(ids, predicted)
+        self.text_tokens += len(ids)
+        self.bytes += len(text)
+
+
+def write_tokens(docs, enc: tiktoken.Encoding, ends: Ends, dtype: str, where: Path, fim_rate=0.0) -> dict:
+    """Writes train.bin and val.bin of docs into `where`; returns the counts for meta.json."""
     with contextlib.ExitStack() as stack:
-        raw, train, val = (stack.enter_context(open(where / name, "w+b")) for name in ("raw", "train.bin", "val.bin"))
-        sizes = [raw.write(doc) for doc in docs]  # the cut needs the total, so the text waits on disk, not in memory
-        total = sum(sizes)
+        raw, queue = stack.enter_context(open(where / "raw", "w+b")), []
+        for text, name, prompt in docs:     # the cut needs the total, so the text waits on disk, not in memory
+            queue.append((name, prompt is not None, raw.write(prompt or b""), raw.write(text)))
+        total, pairs = raw.tell(), sum(is_pair for _, is_pair, _, _ in queue)
         cut = total * 9 // 10
         raw.seek(0)
-        crcs, max_token = {train: 0, val: 0}, 0
-
-        def write(file, ids) -> None:
-            nonlocal max_token
-            ids = np.asarray(ids, dtype)
-            file.write(ids.tobytes())
-            crcs[file] = zlib.crc32(ids.tobytes(), crcs[file])
-            max_token = max(max_token, int(ids.max(initial=0)))
-
-        def append(file, text: bytes) -> int:
-            ids = np.frombuffer(text, np.uint8) if is_bytes else np.array(encode(enc, text.decode()), dtype)
-            if not is_bytes and lengths[ids].sum() != len(text):
-                raise ValueError(f"tokenizer {enc.name} loses text: its pattern does not match all of it")
-            write(file, ids)
-            return len(ids)
-
+        train, val = (Split(where / name, enc, dtype, pairs > 0, stack) for name in ("train.bin", "val.bin"))
         rng = np.random.default_rng(0)  # of fill-in-middle: the same text gives the same data
-        start = train_bytes = tokens = fims = 0
-        for size in sizes:  # a plain loop: threads (encode_ordinary_batch) gain no more than their number
-            doc = raw.read(size)
-            at = min(max(cut - start, 0), size)  # this many bytes of the document are train's
-            while 0 < at < size and doc[at] & 0xC0 == 0x80:  # never inside a character
+        fims = 0
+        for name, is_pair, prompt_size, size in progress(queue, "tokenising"):
+            rest = cut - raw.tell()
+            prompt, doc = raw.read(prompt_size), raw.read(size)
+            whole = rest >= prompt_size + size or pairs and not train.tokens
+            at = size if whole else 0 if pairs else max(rest, 0)    # this many bytes of the document are train's
+            while 0 < at < size and doc[at] & 0xC0 == 0x80:         # never inside a character
                 at -= 1
-            write(train if at > 0 else val, before)
-            if at == size and rng.random() < fim_rate:
+            split = train if whole or at > 0 else val
+            split.add([ends.eos[0]])            # it ends the document before, so it is predicted even before a pair
+            if ends.add_bos:
+                split.add([ends.bos], predicted=not is_pair)
+            if is_pair:
+                split.add_text(prompt, name, predicted=False, special=True)
+                split.add_text(doc, name, special=True)
+            elif whole and rng.random() < fim_rate:
                 text = doc.decode()
                 a, b = sorted(rng.integers(len(text) + 1, size=2))
                 for token, part in zip(fim_ids(enc), (text[:a], text[b:], text[a:b]), strict=True):
-                    write(train, [token])
-                    tokens += append(train, part.encode())
+                    train.add([token])
+                    train.add_text(part.encode(), name)
                 fims += 1
-            elif at > 0:
-                tokens += append(train, doc[:at])
-            if at < size:
-                tokens += append(val, doc[at:])
-            train_bytes += at
-            start += size
-        if not 0 < train_bytes < total:
+            elif 0 < at < size:
+                train.add_text(doc[:at], name)
+                val.add_text(doc[at:], name)
+            else:
+                split.add_text(doc, name)
+        if not train.bytes or not val.bytes:
             raise ValueError(f"too little text to split into train and val: {total} bytes")
-        sync(train), sync(val)
-        return {"documents": len(sizes), "bytes_per_token": total / tokens, "train_bytes": train_bytes,
-                "val_bytes": total - train_bytes, "train_tokens": train.tell() // np.dtype(dtype).itemsize,
-                "val_tokens": val.tell() // np.dtype(dtype).itemsize, "train.bin_crc32": crcs[train], "val.bin_crc32": crcs[val],
-                "max_token": max_token,
-                **({"fim_rate": fim_rate, "fim_documents": fims} if fim_rate else {})}
+        for split in train, val:
+            if pairs:   # the last completion ends too
+                split.add([ends.eos[0]])
+            sync(split.file)
+            if split.mask:
+                sync(split.mask)
+    return {"documents": len(queue), "bytes_per_token": total / (train.text_tokens + val.text_tokens),
+            "train_bytes": train.bytes, "val_bytes": val.bytes,
+            "train_tokens": train.tokens, "val_tokens": val.tokens, "max_token": max(train.max_token, val.max_token),
+            "train.bin_crc32": train.crc, "val.bin_crc32": val.crc,
+            **({"pairs": pairs} if pairs else {}), **({"fim_rate": fim_rate, "fim_documents": fims} if fim_rate else {})}
 
 
 def sync(file) -> None:
@@ -231,7 +353,7 @@ def publish(staged: Path, out_dir: Path) -> None:
     """Moves FILES from staged to out_dir in place of the old ones, which come back if a move fails."""
     (staged / "old").mkdir()
     moves = [(out_dir / n, staged / "old" / n) for n in reversed(FILES) if (out_dir / n).exists()]
-    moves += [(staged / n, out_dir / n) for n in FILES]  # so meta.json is the first to go and the last to come
+    moves += [(staged / n, out_dir / n) for n in FILES if (staged / n).exists()]    # meta.json first out, last in
     try:
         for here, there in moves:
             os.replace(here, there)
@@ -243,24 +365,28 @@ def publish(staged: Path, out_dir: Path) -> None:
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):     # no character of a file's name costs the run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--source", choices=("stdlib", "shakespeare", "fineweb"),
+    text.add_argument("--source", choices=SOURCES,
                       help="Python's own library (the default), tinyshakespeare (downloads 1 MB) or FineWeb-Edu "
                            "(downloads 1 GB, needs pip install datasets)")
-    text.add_argument("--input", metavar="FILE_OR_DIR", help="your own text: a UTF-8 file, or a folder of them")
+    text.add_argument("--input", metavar="FILE_OR_DIR",
+                      help="your own text: a UTF-8 file, a .jsonl of texts or pairs, or a folder of them")
     parser.add_argument("--out_dir", metavar="DIR", help="default: a folder beside prepare.py, named after the text")
     parser.add_argument("--tokenizer", default="bytes", metavar="bytes|gpt2|PATH",
-                        help="bytes (the default), gpt2, a .tiktoken file or a tokenizer.json of byte-level BPE")
+                        help="bytes (the default), gpt2, a released model's folder, a .tiktoken file or a "
+                             "tokenizer.json of byte-level BPE")
     parser.add_argument("--fim_rate", type=float, default=0.0,
                         help="share of the documents to write as prefix, suffix, middle (default 0; the report: 0.1)")
     args = parser.parse_args()
     source = args.source or "stdlib"
     name = source if args.input is None else Path(args.input).resolve().stem
     try:
-        prepare(args.out_dir or Path(__file__).parent / name, source, args.input, args.tokenizer,
-                args.fim_rate)
+        prepare(args.out_dir or Path(__file__).parent / name, source, args.input, args.tokenizer, args.fim_rate)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"prepare.py: {error}")
 

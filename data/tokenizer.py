@@ -242,15 +242,17 @@ def build(name: str, pat_str: str, ranks: dict, special_tokens: dict) -> tiktoke
     return enc
 
 
-def encode(enc: tiktoken.Encoding, text: str) -> list:
-    """Token ids of text, in which a literal "<|endoftext|>" is text like any other. ValueError if the pattern fails."""
+def encode(enc: tiktoken.Encoding, text: str, special=False) -> list:
+    """Token ids of text. A literal "<|endoftext|>" in it is text like any other, unless `special`. ValueError if the
+    pattern fails."""
     try:
-        return enc.encode_ordinary(text)
+        return enc.encode(text, allowed_special="all") if special else enc.encode_ordinary(text)
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # Rust's, by name: it is no Exception and has no importable class
             raise
-        raise ValueError(f"the pattern of tokenizer {enc.name} fails on this text: does it have an empty match, or "
-                         "the text a run of a million spaces?") from None
+        raise ValueError(f"the pattern of tokenizer {enc.name} fails on this text: a run of a million spaces or the "
+                         "like is too long for it (shorten it, or use --tokenizer bytes), or it has an empty match"
+                         ) from None
 
 
 def need(ok: bool, feature: str) -> None:

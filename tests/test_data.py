@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+import torch
 
 import data.prepare as prep
+from data.loader import Tokens, Validation, open_data
 from data.prepare import prepare
-from data.tokenizer import (BYTES, DEEPSEEK_EOS, DEEPSEEK_PATTERN, DEEPSEEK_SPLITS, FIM, Ends, encoding_from_json, encoding_to_json, encoding_to_tokenizer_json,
-                            fim_ids, get_tokenizer, read_ends, same_ids, separator, token_lengths,
-                            with_special_tokens)
+from data.tokenizer import (BYTES, DEEPSEEK_EOS, DEEPSEEK_PATTERN, DEEPSEEK_SPLITS, FIM, Ends, encoding_from_json,
+                            encoding_to_json, encoding_to_tokenizer_json, ends_of_data, fim_ids, get_tokenizer,
+                            read_ends, same_ids, separator, token_lengths, tokenizer_files, with_special_tokens)
 
 SEP = 256  # <|endoftext|> of the bytes tokenizer
 SCRIPT = Path(prep.__file__)
@@ -207,6 +209,85 @@ def test_fim_tokens_of_the_tokenizer_are_kept(tmp_path):
     assert again.encode_ordinary(FIM[0]) == [*FIM[0].encode()]      # in a text they are text
 
 
+# ---- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def lines(*entries) -> bytes:
+    return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+
+
+def pair(prompt, completion) -> dict:
+    return {"prompt": prompt, "completion": completion}
+
+
+def test_pairs_token_for_token_and_target_for_target(tmp_path):
+    chats = lines(pair("ab", "cd"), {"text": "efg"}, pair("é", "<|endoftext|>!"), pair("", "x")) + b"\n" + lines(
+        pair("long prompt", "yes"))
+    out = tmp_path / "out"
+    meta = prepare(out, input=write(tmp_path, {"chats.jsonl": chats}) / "chats.jsonl")
+    train = [SEP, *b"abcd", SEP, *b"efg", SEP, *"é".encode(), SEP, *b"!", SEP, *b"x", SEP]
+    val = [SEP, *b"long promptyes", SEP]        # a pair is never cut
+    assert read(out, "train") == train and read(out, "val") == val and meta["pairs"] == 4
+    mask = [*np.fromfile(out / "train.mask", bool)]
+    assert mask == [True, False, False, *[True] * 7, False, False, *[True] * 5]
+    x, y = Tokens(out / "train.bin", meta, len(train) - 1, 257, 0).batch(0, 2)
+    targets = [t if m else -100 for t, m in zip(train, mask)]
+    assert x.tolist() == [train[:-1]] * 2 and y.tolist() == [targets[1:]] * 2
+    assert targets[5] == targets[-1] == SEP     # a completion ends: that is learnt too
+    assert x.is_contiguous() and y.is_contiguous() and x.dtype == y.dtype == torch.int64
+    validation = Validation(out / "val.bin", meta, (out / "encoding.json").read_text(), 8)
+    assert validation.x.flatten()[:15].tolist() == val[:15]
+    assert validation.y.flatten().tolist() == [-100] * 11 + [*b"yes", SEP] + [-100]
+    assert (validation.n, validation.bytes) == (4, 3)
+
+
+def test_pairs_with_the_token_that_begins_texts(tmp_path):
+    write(tmp_path, {"chats.jsonl": lines(pair("a", "b"), {"text": "text"}, pair("c", "<|im_start|>d"))})
+    tokens = ["[BOS]", "<|im_end|>", "<|im_start|>"]
+    save(tmp_path / "tokenizer.json", bpe_json(added_tokens=[{"id": 258 + i, "content": t} for i, t in enumerate(tokens)]))
+    save(tmp_path / "tokenizer_config.json", {"bos_token": "[BOS]", "eos_token": "<|im_end|>", "add_bos_token": True})
+    meta = prepare(tmp_path / "out", input=tmp_path / "chats.jsonl", tokenizer=tmp_path)
+    letter = get_tokenizer(tmp_path).encode_ordinary
+    train = [259, 258, *letter("a"), *letter("b"), 259, 258, *letter("text"), 259]
+    assert read(tmp_path / "out", "train") == train and read(tmp_path / "out", "val") == [
+        259, 258, *letter("c"), 260, *letter("d"), 259]
+    assert np.fromfile(tmp_path / "out/train.mask", bool).tolist() == [True, False, False, *[True] * (len(train) - 3)]
+    assert (meta["separator"], meta["bos"], meta["eos"], meta["add_bos"]) == (259, 258, [259], True)
+
+
+def test_a_mask_never_outlives_its_pairs(tmp_path):
+    out = tmp_path / "out"
+    prepare(out, input=write(tmp_path, {"c.jsonl": lines(pair("a", "b"), pair("c", "d"))}) / "c.jsonl")
+    assert {"train.mask", "val.mask"} < set(os.listdir(out))
+    meta = prepare(out, input=write(tmp_path, {"c.jsonl": lines({"text": "abc" * 9}, {"text": "d"})}) / "c.jsonl")
+    assert len(os.listdir(out)) == 4 and "pairs" not in meta and "".join(map(chr, read(out, "train")[1:])) == "abc" * 8 + "a"
+    (tmp_path / "in").mkdir()
+    prepare(out, input=write(tmp_path / "in", {"a.jsonl": lines(pair("a", "b")), "b.txt": b"text"}).parent / "in")
+    assert (read(out, "train"), read(out, "val")) == ([SEP, *b"ab", SEP], [SEP, *b"text", SEP])     # beside a text file
+    (out / "val.mask").write_bytes(b"")
+    with pytest.raises(ValueError, match="val.mask has 0 bytes in place of 6"):
+        Validation(out / "val.bin", json.loads((out / "meta.json").read_text()), (out / "encoding.json").read_text(), 8)
+
+
+@pytest.mark.parametrize("line", [
+    b"{", b"[]", b"null", b'"text"', b"plain text", b"{}", b'{"text": 1}', b'{"prompt": "a"}', b'{"completion": "a"}',
+    b'{"prompt": "a", "completion": null}', b'{"prompt": ["a"], "completion": "b"}', b'{"messages": []}', b"[" * 99999,
+    b'{"text": "a", "completion": "b"}', b'{"text": "a\xff"}', b'{"text": "a"} {"text": "b"}',
+])
+def test_a_malformed_line_is_named(tmp_path, line):
+    path = write(tmp_path, {"c.jsonl": lines({"text": "fine", "more": 1}) + b"\n" + line + b"\n" + lines({"text": "fine"})}) / "c.jsonl"
+    with pytest.raises(ValueError, match='c.jsonl, line 3 is neither {"text": ...} nor {"prompt": ..., "completion"'):
+        prepare(tmp_path / "out", input=path)
+    assert not os.listdir(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.CSV", "c.parquet", "c.tsv"])
+def test_tables_are_refused_in_a_sentence(tmp_path, name):
+    write(tmp_path, {name: lines(pair("a", "b"))})
+    with pytest.raises(ValueError, match=rf"{name} is a table or markup, not text: write it as c.jsonl"):
+        prepare(tmp_path / "out", input=tmp_path / name)
+
+
 # ---- sources ---------------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +317,7 @@ def test_stdlib_leaves_out_what_is_not_library(tmp_path, monkeypatch):
 def test_files_that_are_not_text_are_skipped_and_counted(tmp_path, capsys):
     text = write(tmp_path / "in", {"a": b"good text", "b": b"\xff\xfe", "c": b"nul\0", "d": "é".encode("latin-1")})
     assert prepare(tmp_path / "out", input=text)["documents"] == 1
-    assert "b and 2 more" in capsys.readouterr().out
+    assert "b is not UTF-8 text (invalid start byte at byte 0); convert it to UTF-8 (and 2 more" in capsys.readouterr().out
 
 
 def test_shakespeare_is_one_document_to_the_byte(tmp_path, monkeypatch):
@@ -284,7 +365,7 @@ def test_failure_midway_leaves_things_as_they_were(tmp_path, monkeypatch, error,
     lines = b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in [*BYTES.items(), (b"ab", 256)])
     text = write(tmp_path / "new", {"a": b"ab" * 500, "b": b"ab" * 500, "z.tiktoken": lines})
     moves = 8 if earlier else 4  # without an earlier dataset nothing moves out
-    name, nth = {"source": ("is_text", 2), "tokens": ("encode", 3), "sync": ("sync", 2), "last sync": ("sync", 4)}.get(
+    name, nth = {"source": ("text_fault", 2), "tokens": ("encode", 3), "sync": ("sync", 2), "last sync": ("sync", 4)}.get(
         where) or ("replace", (int(where[-1]) - 1) % moves + 1)  # (the first call of encode is get_tokenizer's probe)
     module, calls = os if name == "replace" else prep, [0]
     real = getattr(module, name)
@@ -300,7 +381,7 @@ def test_failure_midway_leaves_things_as_they_were(tmp_path, monkeypatch, error,
         prepare(out, input=text, tokenizer=text / "z.tiktoken")
     assert calls[0] >= nth and snapshot(out) == before
     prepare(out, input=text, tokenizer=text / "z.tiktoken")  # and the next run works
-    assert read(out, "train")[:4] == [257, 256, 256, 256] and set(os.listdir(out)) == set(prep.FILES)
+    assert read(out, "train")[:4] == [257, 256, 256, 256] and len(os.listdir(out)) == 4
 
 
 def test_meta_json_goes_first_and_comes_last(tmp_path, monkeypatch):
@@ -309,6 +390,148 @@ def test_meta_json_goes_first_and_comes_last(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: (moves.append(Path(b).name), real(a, b)))
     prepare(tmp_path / "out", input=text)
     assert len(moves) == 8 and moves[0] == moves[-1] == "meta.json"
+
+
+# ---- a folder that is not clean ---------------------------------------------------------------------------------------
+
+
+def config(data_dir, **changes):
+    return types.SimpleNamespace(**{"data_dir": str(data_dir), "block_size": 8, "seed": 0, "vocab_size": 0, **changes})
+
+
+@pytest.fixture
+def small_stdlib(tmp_path, monkeypatch):
+    write(tmp_path / "lib", {"a.py": b"a" * 40, "b.py": b"b" * 40})
+    monkeypatch.setattr(prep.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
+
+
+def test_stray_files_are_no_data(tmp_path, small_stdlib):
+    stray = {".DS_Store": b"x", "lost+found/x": b"", ".prepare-killed/train.bin": b"x", "lock": b"", "log.jsonl": b"{}",
+             "ckpt.pt": b"x", "train.bin": b"of a preparation that was killed"}
+    write(tmp_path / "stdlib", stray)
+    meta, _, data = open_data(config(tmp_path / "stdlib"), config(""), False)
+    assert meta["source"] == "stdlib" and data.tokens[0] == SEP and not list((tmp_path / "stdlib").glob(".prepare-*"))
+    assert set(os.listdir(tmp_path / "stdlib")) == {name.split("/")[0] for name in stray if "killed" not in name} | {
+        "val.bin", "encoding.json", "meta.json"}
+
+
+@pytest.mark.parametrize("name, exists", [("nope", False), ("nope", True), ("stdlib2", False)])
+def test_only_the_sources_are_prepared_unasked(tmp_path, small_stdlib, name, exists):
+    if exists:
+        write(tmp_path / name, {"lock": b""})
+    with pytest.raises(ValueError, match=rf"{name} (has no meta.json|does not exist); prepare your text with: python "
+                                         rf"data/prepare.py --input FILE_OR_DIR --out_dir .*{name}$"):
+        open_data(config(tmp_path / name), config(""), False)
+    assert (tmp_path / name).exists() == exists
+
+
+def test_the_second_of_two_first_starts_finds_the_data_of_the_first(tmp_path):
+    script = ("import sys, time, types, data.prepare as prep\nfrom data.loader import open_data\nreal = prep.write_tokens\n"
+              "def slow(*args):\n    print('wrote')\n    time.sleep(0.3)\n    return real(*args)\n"
+              "prep.write_tokens = slow\nprep.STDLIB_SKIP += ('[b-z]*',)\n"
+              "cfg = types.SimpleNamespace(data_dir=sys.argv[1], block_size=8, seed=0, vocab_size=0)\n"
+              "print(len(open_data(cfg, cfg, False)[2].tokens))")
+    runs = [subprocess.Popen([sys.executable, "-c", script, tmp_path / "stdlib"], cwd=SCRIPT.parent.parent, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    said = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0] and len({out.split()[-1] for out, _ in said}) == 1, said
+    assert sum("wrote" in out for out, _ in said) == 1 and len(os.listdir(tmp_path / "stdlib")) == 4
+
+
+def test_what_counts_is_the_ids_that_the_data_hold(tmp_path):
+    """A tokenizer with [PAD] added, a model whose embedding was not resized for it."""
+    added = [{"id": 258 + i, "content": token} for i, token in enumerate([DEEPSEEK_EOS, "[PAD]"])]
+    save(tmp_path / "tokenizer.json", bpe_json(added_tokens=added))
+    meta = prepare(tmp_path / "out", input=write(tmp_path, {"t": b"some text " * 9}) / "t", tokenizer=tmp_path)
+    assert (meta["vocab_size"], meta["max_token"]) == (260, 258)
+    open_data(config(tmp_path / "out"), config("", vocab_size=259), True)
+    with pytest.raises(ValueError, match="hold token 258, which doesn't fit --vocab_size 258"):
+        open_data(config(tmp_path / "out"), config("", vocab_size=258), True)
+    del meta["max_token"]       # data of other making: any id may be in them
+    save(tmp_path / "out/meta.json", meta)
+    with pytest.raises(ValueError, match="hold token 259"):
+        open_data(config(tmp_path / "out"), config("", vocab_size=259), True)
+
+
+@pytest.mark.parametrize("keys", [("dtype", "separator", "vocab_size"), ("dtype", "separator", "vocab_size", "eos", "bos")])
+def test_data_of_other_making(tmp_path, keys):
+    meta = prepare(tmp_path, input=write(tmp_path, {"t": b"some text " * 9}) / "t")
+    save(tmp_path / "meta.json", {key: meta[key] for key in keys})
+    meta = open_data(config(tmp_path), config(""), False)[0]
+    assert ends_of_data(meta).begin == SEP and ends_of_data(meta).eos == (SEP,) and not ends_of_data(meta).add_bos
+
+
+# ---- where texts begin and end ----------------------------------------------------------------------------------------
+
+
+def release(folder, tokenizer_config={}, **files):
+    """A released folder with three special tokens, 258 to 260."""
+    tokens = ["<|begin|>", "<|eot_id|>", "<|im_end|>"]
+    spec = bpe_json(added_tokens=[{"id": 258 + i, "content": t} for i, t in enumerate(tokens)])
+    save(folder / "tokenizer.json", spec | files.pop("tokenizer", {}))
+    for name, content in (files | {"tokenizer_config": tokenizer_config}).items():
+        save(folder / f"{name}.json", content)
+    return folder
+
+
+TEMPLATE = {"post_processor": {"type": "TemplateProcessing", "single": [
+    {"SpecialToken": {"id": "<|begin|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}}
+EOT = {"eos_token": "<|eot_id|>"}
+
+
+@pytest.mark.parametrize("files, ends", [
+    (dict(tokenizer_config=EOT), Ends(None, (259,), False)),
+    (dict(tokenizer_config={"eos_token": {"content": "<|eot_id|>"}}), Ends(None, (259,), False)),
+    (dict(special_tokens_map=EOT | {"bos_token": "<|begin|>"}), Ends(258, (259,), False)),
+    (dict(tokenizer_config=EOT | {"bos_token": "<|begin|>", "add_bos_token": True}), Ends(258, (259,), True)),
+    (dict(tokenizer_config=EOT, tokenizer=TEMPLATE), Ends(258, (259,), True)),
+    (dict(tokenizer_config=EOT | {"add_bos_token": False}, tokenizer=TEMPLATE), Ends(258, (259,), False)),
+    (dict(tokenizer_config=EOT | {"add_bos_token": True}), Ends(None, (259,), False)),
+    (dict(config={"eos_token_id": 259, "bos_token_id": 258}), Ends(258, (259,), False)),
+    (dict(config={"eos_token_id": [258, 259]}), Ends(None, (258, 259), False)),
+    (dict(tokenizer_config=EOT, config={"eos_token_id": [258, 260, 259]}), Ends(None, (259, 258, 260), False)),
+    (dict(tokenizer_config=EOT, config={"eos_token_id": 259}, generation_config={"eos_token_id": 260}),
+     Ends(None, (260,), False)),
+    (dict(config={"eos_token_id": 259}, generation_config={"eos_token_id": None}), Ends(None, (259,), False)),
+    ({}, Ends(260, (260,), False)),     # nothing is declared: <|im_end|> is known
+])
+def test_ends_as_the_folder_declares_them(tmp_path, files, ends):
+    enc = get_tokenizer(release(tmp_path, **files))
+    assert read_ends(tmp_path, enc) == read_ends(tmp_path / "tokenizer.json", enc) == ends and enc.n_vocab == 261
+    meta = prepare(tmp_path / "out", input=write(tmp_path, {"t": b"abc" * 99}) / "t", tokenizer=tmp_path)
+    tokens = read(tmp_path / "out", "train")
+    assert tokens[:3] == [ends.eos[0], *[ends.bos] * ends.add_bos, 257, 257][:3] and meta["vocab_size"] == 261
+    assert ends_of_data(meta) == ends_of_data(json.loads((tmp_path / "out/meta.json").read_text())) == ends
+    for name, content in tokenizer_files(enc, ends).items():       # and the same after an export
+        save(write(tmp_path, {"again/x": b""}) / "again" / name, content)
+    ids = {key: content[key] for key in ("bos_token_id", "eos_token_id")}
+    save(tmp_path / "again/config.json", ids)
+    again = get_tokenizer(tmp_path / "again")
+    assert read_ends(tmp_path / "again", again) == ends and same_ids(again, enc)
+    assert ids["eos_token_id"] == (ends.eos[0] if len(ends.eos) == 1 else [*ends.eos])
+
+
+def test_an_exported_tokenizer_begins_texts_as_the_source_did(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    enc = get_tokenizer(release(tmp_path, tokenizer_config=EOT, tokenizer=TEMPLATE))
+    for add_bos in (True, False):
+        for name, content in tokenizer_files(enc, Ends(258, (259, 260), add_bos)).items():
+            save(tmp_path / name, content)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert theirs.encode("abc") == [258] * add_bos + [257] and (theirs.bos_token_id, theirs.eos_token_id) == (258, 259)
+
+
+def test_a_separator_is_invented_only_where_none_is_declared(tmp_path):
+    tokens = [{"id": 258, "content": "<|eot_id|>"}]
+    save(tmp_path / "tokenizer.json", bpe_json(added_tokens=tokens))
+    assert get_tokenizer(tmp_path).n_vocab == 260       # <|endoftext|>
+    save(tmp_path / "config.json", {"eos_token_id": 258})
+    enc = get_tokenizer(tmp_path)
+    assert enc.n_vocab == 259 and read_ends(tmp_path, enc).eos == (258,)
+    assert same_ids(encoding_from_json(encoding_to_json(enc)), enc)
+    save(tmp_path / "config.json", {"eos_token_id": 259})
+    with pytest.raises(ValueError, match="bos or eos token 259 is not one of the tokenizer's 259 ids"):
+        get_tokenizer(tmp_path)
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
@@ -529,7 +752,7 @@ def test_tokenizer_that_loses_text_is_refused(tmp_path):
     enc = tiktoken.Encoding("lossy", pat_str="[a-z ]+", mergeable_ranks=BYTES | {b"ab": 256}, special_tokens={
         "<|endoftext|>": 257})
     with pytest.raises(ValueError, match="loses text"):
-        prep.write_tokens(iter([b"some text\n" * 9]), enc, Ends(None, (257,), False), "uint16", tmp_path)
+        prep.write_tokens(iter([prep.Document(b"some text\n" * 9, "t")]), enc, Ends(None, (257,), False), "uint16", tmp_path)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -538,7 +761,7 @@ def test_tokenizer_that_loses_text_is_refused(tmp_path):
 @pytest.mark.parametrize("files, arguments, match", [
     ({}, {"input": "nothing/here"}, "no input nothing"), ({"t": b""}, {"input": "t"}, "t is empty"),
     ({"t": b"x"}, {"input": "t"}, "too little text"), ({"t": "中".encode()}, {"input": "t"}, "too little text"),
-    ({"t": b"caf\xe9" * 9}, {"input": "t"}, "not UTF-8"), ({"t": b"nul\0" * 9}, {"input": "t"}, "not UTF-8"),
+    ({"t": b"caf\xe9" * 9}, {"input": "t"}, "not UTF-8"), ({"t": b"nul\0" * 9}, {"input": "t"}, "t is binary, not text: byte 3 is NUL"),
     ({"d/.x": b"hidden"}, {"input": "d"}, "no text in d"),
     ({"d/x": b"\xff", "d/y": b""}, {"input": "d"}, "no text in d"),
     ({"t": b"text" * 9}, {"input": "t", "source": "shakespeare"}, "not both"),
@@ -550,6 +773,27 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, files, arguments, matc
     with pytest.raises((ValueError, FileNotFoundError), match=match) as caught:
         prepare("out", **arguments)
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("out/*"))
+
+
+def test_a_run_too_long_for_the_pattern_names_its_file(tmp_path):
+    text = write(tmp_path / "in", {"a.txt": b"fine", "b/long.txt": b"x" + b" " * 1_600_000 + b"y", "c.txt": b"fine"})
+    (tmp_path / "t.tiktoken").write_bytes(b"\n".join(LINES + [b"YWI= 256"]))
+    with pytest.raises(ValueError, match=r"b/long.txt: the pattern of .* a run of a million spaces .* --tokenizer bytes"):
+        prepare(tmp_path / "out", input=text, tokenizer=tmp_path / "t.tiktoken")
+    assert prepare(tmp_path / "out", input=text)["documents"] == 3
+
+
+def test_odd_file_names_cost_nothing(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/\xff\xe9"
+    os.mkdir(folder)
+    for name in (b"\xe9.txt", "中.txt".encode(), b"bad\xff"):
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(b"\xff" if name.startswith(b"bad") else b"some text")
+    for encoding in ("cp1252", "ascii", "utf-8"):
+        done = subprocess.run([sys.executable, SCRIPT, "--input", folder, "--out_dir", folder + b"out"], text=True,
+                              errors="replace", capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
+        assert done.returncode == 0 and "skipped" in done.stdout and "2 documents" in done.stdout, done
+    assert json.loads(Path(os.fsdecode(folder) + "out/meta.json").read_text())["source"] == os.fsdecode(b"\xff\xe9")
 
 
 def command(*arguments, cwd):

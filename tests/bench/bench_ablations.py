@@ -126,7 +126,7 @@ def variants(experiments):
 
 def write_paragraphs(where):
     """The standard library cut at blank lines into small texts, shuffled: neighbours are unrelated."""
-    parts = [part + b"\n" for text in documents("stdlib", None, where) for part in text.split(b"\n\n")
+    parts = [part + b"\n" for doc in documents("stdlib", None, where) for part in doc.text.split(b"\n\n")
              if 80 < len(part) < 400]
     random.Random(0).shuffle(parts)
     where.mkdir(parents=True)
