@@ -21,6 +21,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import train  # noqa: E402
 from bench_train import PRESETS  # noqa: E402
 from checkpoint import stored_size  # noqa: E402
-from model import DeepSeekV3, DeepSeekV3Config, Experts  # noqa: E402
+from model import MLA, DeepSeekV3, DeepSeekV3Config, Experts  # noqa: E402
 from runs import command_line  # noqa: E402
 
 GiB = 2**30
@@ -106,13 +107,23 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
+def gpu_attention(self, q, k, v, mask):
+    """MLA.attention as on a GPU: in bf16, where a CPU computes in fp32."""
+    v = F.pad(v, (0, self.d_qk - self.d_v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)[..., :self.d_v]
+
+
+def gpu_padding(self, x):
+    """Experts.padding as on a GPU: every expert has a row, and no more than its tokens need."""
+    return 1, 1
+
+
 def step_memory(config, batch, length, recompute=False):
     """-> peak bytes of a training step, the optimizer's state included."""
     live = LiveBytes()
-    # check_tokens reads values, which fake tensors lack; on a GPU, rows of experts are not padded
-    with (mock.patch.object(DeepSeekV3, "check_tokens"),
-          mock.patch.object(Experts, "padding", lambda self, x: (1, 1), create=True),
-          FakeTensorMode(), live):
+    with (mock.patch.object(DeepSeekV3, "check_tokens"),        # reads values, which fake tensors lack
+          mock.patch.object(MLA, "attention", gpu_attention, create=True),
+          mock.patch.object(Experts, "padding", gpu_padding), FakeTensorMode(), live):
         model = DeepSeekV3(config)
         if recompute:
             train.recompute(model)
