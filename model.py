@@ -24,6 +24,7 @@ k_t^C, k_t^R          k_c, k_r                      M_k  MTP projection  eh_proj
 W^O                   o_proj                        lambda, D of MTP     mtp_loss_weight, num_nextn_predict_layers
 """
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -75,24 +77,12 @@ class DeepSeekV3Config:
     mtp_loss_weight: float = 0.3            # lambda
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if value is None and f.name in ("q_lora_rank", "rope_scaling"):
-                continue
-            kind = {"q_lora_rank": int, "rope_scaling": dict}.get(f.name, f.type)
-            if kind is float and type(value) is int and value < 2**31:
-                value = float(value)
-                setattr(self, f.name, value)
-            if kind is not dict and type(value) in (int, float) and not 0 <= value < 2**31:
-                raise ValueError(f"{f.name} must be a number from 0 to 2^31, got {str(value)[:100]}")
-            if type(value) is not kind:
-                raise ValueError(f"{f.name} must be of type {kind.__name__}, got {repr(value)[:100]}")
-        at_least_one = ("vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers "
-                        "num_attention_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
-                        "n_routed_experts num_experts_per_tok n_group topk_group max_position_embeddings rope_theta")
-        for name in at_least_one.split():
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        may_be_zero = "num_nextn_predict_layers", "n_shared_experts", "first_k_dense_replace"
+        for field in dataclasses.fields(self):
+            value, is_size = getattr(self, field.name), field.type in (int, int | None)
+            least = 1 if is_size and field.name not in may_be_zero else 0
+            if value is not None and field.type in (int, int | None, float) and not value >= least:
+                raise ValueError(f"{field.name} must be at least {least}, got {value}")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even, since RoPE rotates pairs; got {self.qk_rope_head_dim}")
         if self.n_routed_experts % self.n_group:
@@ -102,29 +92,14 @@ class DeepSeekV3Config:
             raise ValueError(f"topk_group={self.topk_group} is more than the n_group={self.n_group} groups there are")
         reachable = self.topk_group * (self.n_routed_experts // self.n_group)
         if self.num_experts_per_tok > reachable:
-            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} is more than the {reachable} experts in "
-                             f"the topk_group={self.topk_group} groups kept for a token; lower it or keep more groups")
-        if self.rope_scaling is not None:
-            self._check_yarn()
-
-    def _check_yarn(self):
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} is more than the {reachable} experts "
+                             f"in the topk_group={self.topk_group} groups kept for a token; lower it or keep more "
+                             "groups")
         rope = self.rope_scaling
-        if (kind := rope.get("rope_type", rope.get("type"))) != "yarn":
-            raise ValueError(f"rope_scaling of type {repr(kind)[:100]} is not supported, only 'yarn' is")
-        if rope.get("factor") is None:
-            raise ValueError(f"rope_scaling needs a 'factor' for YaRN, got {repr(rope)[:200]}")
-        for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-                    "attention_factor"):
-            value, least = rope.get(key), 1 if key in ("factor", "original_max_position_embeddings") else 0
-            if value is not None and (type(value) not in (int, float) or not least <= value < 2**31):
-                raise ValueError(f"rope_scaling['{key}'] must be a number from {least} to 2^31, got {repr(value)[:100]}")
-        fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
-        if not 1e-3 < slow <= fast:
-            raise ValueError(f"rope_scaling['beta_slow'] must be over 0.001 and at most beta_fast, got {slow} and {fast}")
-        if self.rope_theta == 1:
-            raise ValueError("rope_theta must be over 1 for YaRN, got 1")
-        if rope.get("truncate", True) is not True:
-            raise ValueError("rope_scaling['truncate'] = false is not supported; DeepSeek-V3 rounds YaRN's range")
+        if rope is not None and rope.get("rope_type", rope.get("type")) != "yarn":
+            raise ValueError(f"rope_scaling={rope} is not supported, only the type 'yarn' is")
+        if rope is not None and not rope.get("factor", 0) >= 1:
+            raise ValueError(f"rope_scaling needs a 'factor' of at least 1 for YaRN, got {rope}")
 
     @classmethod
     def preset(cls, name):
@@ -257,11 +232,17 @@ class MLA(nn.Module):
         if (yarn := config.rope_scaling) is not None and yarn.get("mscale_all_dim"):
             self.softmax_scale *= yarn_mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
 
+    def visible(self, query, key):
+        """Which of the keys up to its own position a query sees: None for all, else bool (T, S), broadcast from
+        the positions query (T, 1) and key (S,). A sliding window overrides it: `return key > query - 512`."""
+        return None
+
     def forward(self, x, cos, sin, mask=None, cache=None, pos=0):
         """x: (B, T, D) at positions pos..pos+T-1, whose RoPE angles are cos, sin. Returns (B, T, D).
 
-        mask: (B, 1, T, T) bool, True where a query may look (default, and always at pos > 0: causal). cache: (B, S,
-        d_c + d_rope) of the caller's, S >= pos+T, holding positions 0..pos-1; the new ones are written into it.
+        mask: (B, 1, T, T) bool, True where a query may look besides what is always so (causal and `visible`), for
+        pos = 0. cache: (B, S, d_c + d_rope) of the caller's, S >= pos+T, that holds positions 0..pos-1; the new
+        ones are written into it.
         """
         B, T, _ = x.shape
         if self.q_lora_rank is None:
@@ -271,53 +252,88 @@ class MLA(nn.Module):
         q_c, q_r = q.view(B, T, self.H, self.d_qk).split([self.d_nope, self.d_rope], -1)    # (B, T, H, ·)
         c_kv, k_r = self.kv_a_proj_with_mqa(x).split([self.d_c, self.d_rope], -1)           # Eq. 1; (B, T, ·)
         c_kv = self.kv_a_layernorm(c_kv)
-        # k_r goes along as one head more
+        # k_r goes along as one more head
         q_r, k_r = rotate(torch.cat([q_r, k_r[:, :, None]], 2), cos, sin).split([self.H, 1], 2)     # Eq. 8, 3
         if cache is not None:
             cache[:, pos:pos + T] = torch.cat([c_kv, k_r[:, :, 0]], -1)
-        if pos > 0 and T <= 16:     # decoding. Several tokens are drafts to verify: each attends as it would alone, so that
-            # its numbers are those of plain decoding, in bfloat16 too, and no mask grows with the context
+        if 0 < pos and T <= 16 and self.can_absorb():
+            # Drafts attend one at a time, so verification reproduces plain decoding bit for bit
             o = torch.cat([self.attend_absorbed(q_c[:, t:t + 1], q_r[:, t:t + 1], cache[:, :pos + t + 1])
                            for t in range(T)], 1)
         else:
             if pos > 0:             # a later chunk of a long prompt: for many queries, expanding the cache pays
                 c_kv, k_r = cache[:, :pos + T, None].split([self.d_c, self.d_rope], -1)
-                mask = torch.ones(T, pos + T, dtype=torch.bool, device=x.device).tril(pos)
-            o = self.attend_naive(q_c, q_r, c_kv, k_r, mask)
+            o = self.attend_naive(q_c, q_r, c_kv, k_r, self.causal_mask(pos, T, x.device, mask))
         return self.o_proj(o.flatten(2))                                                    # Eq. 11
 
+    def causal_mask(self, pos, T, device, mask=None):
+        """(T, pos + T) bool, or as mask: what queries at pos.. see. None: causal, which kernels do without a mask."""
+        query, key = torch.arange(pos, pos + T, device=device)[:, None], torch.arange(pos + T, device=device)
+        seen = self.visible(query, key)
+        if pos > 0 or seen is not None or mask is not None:
+            causal = key <= query
+            seen = causal if seen is None else seen & causal
+        return seen if mask is None else seen & mask
+
+    def can_absorb(self):
+        """Absorbed attention reads kv_b_proj.weight, so it would pass over whatever an adapter or a hook adds."""
+        layer = self.kv_b_proj
+        patched = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
+        return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.bias is None and not patched
+
     def attend_naive(self, q_c, q_r, c_kv, k_r, mask=None):
-        """Eq. 2-5, 9, 10 as they stand. q_c, q_r: (B, T, H, ·); c_kv: (B, S, d_c); k_r: (B, S, 1, d_rope); mask: bool,
-        broadcast to (B, H, T, S) (default: causal, for T = S). Returns (B, T, H, d_v)."""
+        """Eq. 2-5, 9, 10 as they stand. q_c, q_r: (B, T, H, ·); c_kv: (B, S, d_c); k_r: (B, S, 1, d_rope);
+        mask: bool, broadcast to (B, H, T, S) (default: causal, for T = S). Returns (B, T, H, d_v)."""
         (B, T, H, _), S = q_c.shape, c_kv.size(1)
         kv = self.kv_b_proj(c_kv).view(B, S, H, self.d_nope + self.d_v)
         k_c, v = kv.split([self.d_nope, self.d_v], -1)                                      # Eq. 2, 5
         q = torch.cat([q_c, q_r], -1).transpose(1, 2)                                       # Eq. 9; (B, H, T, d_qk)
         k = torch.cat([k_c, k_r.expand(-1, -1, H, -1)], -1).transpose(1, 2)                 # Eq. 4; (B, H, S, d_qk)
-        # SDPA's fast kernels want one head size: zeros appended to v come out as zeros and are cut off
-        v = F.pad(v, (0, max(self.d_qk - self.d_v, 0))).transpose(1, 2)                     # (B, H, S, d_qk)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)
-        return o[..., :self.d_v].transpose(1, 2)                                            # Eq. 10; (B, T, H, d_v)
+        v = v.transpose(1, 2)                                                               # (B, H, S, d_v)
+        return self.attention(q, k, v, mask).transpose(1, 2)                                # Eq. 10; (B, T, H, d_v)
+
+    def attention(self, q, k, v, mask):
+        """softmax(scale * q k^T) v. q, k: (B, H, ·, d_qk); v: (B, H, S, d_v). Returns (B, H, T, d_v)."""
+        kind, dtype, settings = q.device.type, q.dtype, contextlib.nullcontext()
+        if kind == "cpu":       # faster in fp32 than in bf16, which autocast would choose
+            q, k, v, settings = q.float(), k.float(), v.float(), torch.autocast("cpu", enabled=False)
+        if kind == "cuda" and mask is not None:     # not cuDNN, whose gradient can be NaN then (pytorch#196678)
+            settings = torch.nn.attention.sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+        if mask is not None or not self.cudnn_attends(q):
+            # the other fast kernels want one head size: zeros appended to v come out as zeros and are cut off
+            v = F.pad(v, (0, max(self.d_qk - self.d_v, 0)))
+        with settings:
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                               scale=self.softmax_scale)
+        return o[..., :self.d_v].to(dtype)
+
+    @staticmethod
+    def cudnn_attends(q):
+        """Without a mask, on Hopper and data-center Blackwell, PyTorch prefers cuDNN."""
+        half = q.dtype in (torch.bfloat16, torch.float16)
+        return q.is_cuda and half and torch.cuda.get_device_properties(q.device).major in (9, 10)
 
     def attend_absorbed(self, q_c, q_r, cache):
-        """The same for one query, which sees all of the cache, without expanding a single key or value.
+        """The same for one query at the cache's last position, without expanding a single key or value.
 
         q_c · (W^UK c_kv) = (W^UK^T q_c) · c_kv, so the latent itself is key and value of all heads (multi-query
-        attention), and W^UV follows the weighted sum. q_c, q_r: (B, 1, H, ·); cache: (B, S, d_c + d_rope). Returns
-        (B, 1, H, d_v).
+        attention), and W^UV follows the weighted sum. q_c, q_r: (B, 1, H, ·); cache: (B, S, d_c + d_rope).
+        Returns (B, 1, H, d_v).
         """
-        B, _, H, _ = q_c.shape
+        (B, _, H, _), S = q_c.shape, cache.size(1)
         w = self.kv_b_proj.weight.view(H, self.d_nope + self.d_v, self.d_c).type_as(q_c)
         w_uk, w_uv = w.split([self.d_nope, self.d_v], 1)                                    # (H, ·, d_c)
         q_c = torch.bmm(q_c[:, 0].transpose(0, 1), w_uk).transpose(0, 1)                    # (B, H, d_c)
-        # The heads are queries to the one latent "head". A CPU's cores share them out by groups; a GPU does not want
-        # more than one, for which it would copy the cache
+        # The heads are queries to the one latent "head". A CPU's cores share them out by groups; a GPU takes one
+        # group, since it would copy the cache for each
         G = math.gcd(H, self.cores) if q_c.device.type == "cpu" else 1
         q = torch.cat([q_c, q_r[:, 0]], -1).view(B, G, H // G, -1)                          # (B, G, H/G, d_c + d_rope)
         kv = cache[:, None].type_as(q)                                                      # (B, 1, S, d_c + d_rope)
+        last = torch.arange(S - 1, S, device=q.device)[:, None]
+        seen = self.visible(last, torch.arange(S, device=q.device))                         # (1, S) or None
         # k_r rides along as part of the "value", so that key and value are one tensor, and is cut off
-        o = F.scaled_dot_product_attention(q, kv, kv, scale=self.softmax_scale, enable_gqa=G > 1)[..., :self.d_c]
-        o = torch.bmm(o.reshape(B, H, -1).transpose(0, 1), w_uv.mT)                         # (H, B, d_v)
+        o = F.scaled_dot_product_attention(q, kv, kv, attn_mask=seen, scale=self.softmax_scale, enable_gqa=G > 1)
+        o = torch.bmm(o[..., :self.d_c].reshape(B, H, -1).transpose(0, 1), w_uv.mT)         # (H, B, d_v)
         return o.transpose(0, 1)[:, None]                                                   # (B, 1, H, d_v)
 
 
@@ -570,6 +586,7 @@ class DeepSeekV3(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.source_files = {}      # from_pretrained's {name: text} of small files, which save_pretrained writes out
         c, L, depth = config, config.num_hidden_layers, config.num_nextn_predict_layers
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
@@ -592,8 +609,8 @@ class DeepSeekV3(nn.Module):
         attention and MTP stay within tokens of one id (default: the report's packing, which crosses documents).
         mtp_loss_weight: lambda, default the config's; as a 0-dim tensor it may change without torch.compile noticing.
 
-        Returns logits (B, T, V); loss, a scalar in nats: train mode main + lambda*mtp + alpha*balance, eval mode main;
-        and aux, a dict of detached main, mtp (mean over depths), balance (sum over MoE layers) and load (L, E) int64,
+        Returns logits (B, T, V), None in train mode with targets; loss, a scalar in nats: train mode main +
+        lambda*mtp + alpha*balance, eval mode main; and aux, a dict of detached main, mtp (mean over depths), balance (sum over MoE layers) and load (L, E) int64,
         the tokens of each expert in each MoE layer of the main model, then in each MTP module. Without targets the
         loss is None and aux is empty. ValueError for a token id out of range or T > max_position_embeddings.
         """
@@ -601,11 +618,11 @@ class DeepSeekV3(nn.Module):
         T, L, depth = idx.size(1), self.config.num_hidden_layers, self.config.num_nextn_predict_layers
         mask = None if doc_ids is None else self._document_mask(doc_ids)
         h, stats = self.main_model(idx, mask)
-        logits = self.lm_head(h)
+        logits = None if self.training and targets is not None else self.lm_head(h)
         if targets is None:
             return logits, None, {}
         n = (targets != -100).sum().clamp(min=1)        # T of Eq. 24: MTP divides by the main labels' count too
-        main = self._cross_entropy(logits, targets) / n
+        main = (self._chunked_loss(h, targets) if self.training else self._cross_entropy(logits, targets)) / n
 
         mtp = main.new_zeros(())
         cos, sin = rope_cos_sin(self.config, 0, T, idx.device)
@@ -617,7 +634,7 @@ class DeepSeekV3(nn.Module):
             h, layer_stats = layer(h[:, :T - k], self.model.embed_tokens(idx[:, k:]), cos[:T - k], sin[:T - k],
                                    None if mask is None else mask[..., :T - k, :T - k])
             stats.append(layer_stats)
-            mtp = mtp + self._cross_entropy(self.lm_head(layer.shared_head.norm(h)), labels) / n / depth  # Eq. 23-25
+            mtp = mtp + self._chunked_loss(layer.shared_head.norm(h), labels) / n / depth   # Eq. 23-25
 
         balance = main.new_zeros(()) + sum(balance_loss(scores, self.config.num_experts_per_tok) for _, scores in stats)
         loads = [load for load, _ in stats]
@@ -662,8 +679,21 @@ class DeepSeekV3(nn.Module):
 
     @staticmethod
     def _cross_entropy(logits, labels):
-        """logits: (B, T, V); labels: (B, T), -100 ignored. The sum in nats, in fp32."""
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+        """logits: (..., V); labels: (...), -100 ignored. The sum in nats, in fp32."""
+        return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+
+    def _chunked_loss(self, h, labels):
+        """_cross_entropy of h (B, T, D), after its norm. The logits of a real vocabulary would be the largest tensor
+        of a training step: the backward pass computes them again, chunk by chunk."""
+        tokens = max(LOSS_CHUNK // self.config.vocab_size, 1)
+        chunks = list(zip(h.flatten(0, 1).split(tokens), labels.flatten().split(tokens)))   # (tokens, D), (tokens,)
+        if len(chunks) == 1:
+            return self._cross_entropy(self.lm_head(h), labels)
+
+        def loss(h, labels):
+            return self._cross_entropy(self.lm_head(h), labels)
+        checkpoint = torch.utils.checkpoint.checkpoint
+        return sum(checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks)
 
     def _num_moe_layers(self):
         c = self.config
@@ -761,6 +791,17 @@ class DeepSeekV3(nn.Module):
         return torch.cat([self.main_model(idx[:, i:i + PREFILL_CHUNK], cache=cache, pos=pos + i)[0]
                           for i in range(0, idx.size(1), PREFILL_CHUNK)], 1)
 
+    def check_prompt(self, idx, max_new_tokens):
+        if not isinstance(idx, torch.Tensor) or idx.dtype != torch.int64 or idx.dim() != 2:
+            got = f"{idx.dtype} {tuple(idx.shape)}" if isinstance(idx, torch.Tensor) else type(idx).__name__
+            raise ValueError(f"generate takes prompts of one length as an int64 tensor (B, T), got {got}; with lists "
+                             "of tokens: for p in prompts: model.generate(torch.tensor([p]), max_new_tokens)")
+        if idx.numel() == 0:
+            raise ValueError("the prompt is empty: give at least one token, such as the document separator")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+        self.check_tokens(idx, idx.size(1) + max_new_tokens)
+
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), generator=None):
         """Continue the prompts idx (B, T) int64 -> (B, T + new) int64, one token per forward pass.
@@ -770,12 +811,8 @@ class DeepSeekV3(nn.Module):
         empty prompt, a token id out of range, a total length over max_position_embeddings, and sampling arguments
         out of range. sample.generate_stream yields tokens as they come, several per pass with MTP modules.
         """
+        self.check_prompt(idx, max_new_tokens)
         B, T = idx.shape
-        if T == 0:
-            raise ValueError("the prompt is empty: give at least one token, such as the document separator")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-        self.check_tokens(idx, T + max_new_tokens)
         stop = torch.tensor(sorted(stop), dtype=torch.int64, device=idx.device)
         done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
         cache, pos = self.new_cache(B, T + max_new_tokens), 0           # the cache holds positions 0..pos-1
@@ -825,3 +862,4 @@ def draw(probs, generator):
 
 
 PREFILL_CHUNK = 1024    # tokens that a prompt is read in at a time
+LOSS_CHUNK = 2**25      # logits that training holds at a time: 128 MiB in fp32

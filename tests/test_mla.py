@@ -1,10 +1,14 @@
 """Attention: positions, the three ways through the cache, and no look into the future."""
 
+import contextlib
 import math
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
 
 import model as model_module
 from model import MLA, rope_cos_sin, rope_inv_freq, rotate, yarn_mscale
@@ -144,8 +148,165 @@ def test_decoding_never_expands_the_cache(make_model, monkeypatch):
     model.decode(torch.randint(0, 61, (1, 12)), cache, 0)
     for layer in model.model.layers:
         monkeypatch.setattr(layer.self_attn, "attend_naive", None)
-        layer.self_attn.kv_b_proj.register_forward_pre_hook(lambda *_: pytest.fail("kv_b_proj ran over the cache"))
     model.decode(torch.randint(0, 61, (1, 1)), cache, 12)
+
+
+class Adapted(nn.Module):
+    """An adapter around a layer, such as LoRA's."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.extra = layer, nn.Linear(layer.in_features, layer.out_features, bias=False)
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    def forward(self, x):
+        return self.layer(x) + self.extra(x)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Negated(nn.Module):
+    def forward(self, weight):
+        return -weight
+
+
+def with_adapter(mla):
+    mla.kv_b_proj = Adapted(mla.kv_b_proj)
+
+
+def with_subclass(mla):
+    mla.kv_b_proj.__class__ = Doubled
+
+
+def with_hook(mla):
+    mla.kv_b_proj.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def with_pre_hook(mla):
+    mla.kv_b_proj.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def with_parametrization(mla):
+    parametrize.register_parametrization(mla.kv_b_proj, "weight", Negated())
+
+
+def with_patched_forward(mla):
+    forward = mla.kv_b_proj.forward
+    mla.kv_b_proj.forward = lambda x: 2 * forward(x)
+
+
+def with_bias(mla):
+    mla.kv_b_proj.bias = nn.Parameter(torch.randn(mla.kv_b_proj.out_features))
+
+
+@pytest.mark.parametrize("change", [with_adapter, with_subclass, with_hook, with_pre_hook, with_parametrization,
+                                    with_patched_forward, with_bias])
+def test_whatever_is_added_to_kv_b_proj_acts_in_decoding_too(make_model, change):
+    """Absorbed attention reads its weight, and would pass over an adapter."""
+    model = make_model(initializer_range=0.1)
+    idx = torch.randint(0, 61, (2, 12))
+    with torch.no_grad():
+        plain = model(idx)[0]
+        for layer in model.model.layers:
+            change(layer.self_attn)
+        whole = model(idx)[0]
+    assert (whole - plain).abs().max() > 0.01
+    cache = model.new_cache(2, 12)
+    parts = [model.decode(idx[:, a:b], cache, a) for a, b in ((0, 6), (6, 7), (7, 10), (10, 12))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
+
+
+class WindowedMLA(MLA):
+    """A query sees the 4 newest positions, its own included."""
+
+    def visible(self, query, key):
+        return key > query - 4
+
+
+def test_a_sliding_window_is_one_method(make_model, monkeypatch):
+    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 17)      # a first chunk, and later ones through the cache
+    monkeypatch.setattr(model_module, "MLA", WindowedMLA)
+    model = make_model(num_nextn_predict_layers=0, num_hidden_layers=2, initializer_range=0.1)
+    idx = torch.randint(0, 61, (2, 50))
+    with torch.no_grad():
+        whole = model(idx)[0]
+    for edges in ((0, 50), (0, 20, 40, 41, 44, 50), range(51)):
+        cache = model.new_cache(2, 50)
+        parts = [model.decode(idx[:, a:b], cache, a) for a, b in zip(edges, edges[1:])]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
+    # two layers of a window of 4: token 10 reaches positions 10 to 16, and no other
+    changed = idx.clone()
+    changed[:, 10] = (changed[:, 10] + 1) % 61
+    with torch.no_grad():
+        moved = (model(changed)[0] - whole).abs().amax((0, 2)) > 1e-6
+    assert moved.nonzero().flatten().tolist() == list(range(10, 17))
+    # a document's mask comes on top
+    doc_ids = (torch.arange(50) >= 12).long().expand(2, -1)
+    a, b = model(idx, idx, doc_ids=doc_ids)[0], model(changed, changed, doc_ids=doc_ids)[0]
+    assert ((a - b).abs().amax((0, 2)) > 1e-6).nonzero().flatten().tolist() == [10, 11]
+
+
+def test_plain_causal_attention_needs_no_mask(make_model, monkeypatch):
+    seen = []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *args, **kwargs: seen.append(kwargs) or attend(*args, **kwargs))
+    model, idx = make_model(), torch.randint(0, 61, (2, 12))
+    model(idx, idx)
+    assert seen and all(call["attn_mask"] is None and call["is_causal"] for call in seen)
+
+
+class SaysItIsOnAGPU(torch.Tensor):
+    is_cuda, device = True, torch.device("cuda")
+
+
+@pytest.mark.parametrize("major, dtype, masked, width, backends", [
+    (9, torch.bfloat16, False, 28, None),        # cuDNN: v as it is
+    (10, torch.float16, False, 28, None),
+    (8, torch.bfloat16, False, 36, None),        # flash attention: v as wide as the keys
+    (12, torch.bfloat16, False, 36, None),
+    (9, torch.float32, False, 36, None),
+    (9, torch.bfloat16, True, 36, ["EFFICIENT_ATTENTION", "MATH"]),
+    (8, torch.bfloat16, True, 36, ["EFFICIENT_ATTENTION", "MATH"]),
+])
+def test_which_attention_runs_on_which_gpu(make_config, monkeypatch, major, dtype, masked, width, backends):
+    """cuDNN never sees a mask, and v is padded for every kernel but cuDNN's."""
+    mla, seen = MLA(make_config(qk_nope_head_dim=28)), []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.nn.attention, "sdpa_kernel",
+                        lambda kinds: seen.append([kind.name for kind in kinds]) or contextlib.nullcontext())
+
+    def attend(q, k, v, attn_mask, is_causal, scale):
+        seen.append((v.size(-1), is_causal))
+        return v
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    q, v = (torch.randn(2, 3, 9, size, dtype=dtype).as_subclass(SaysItIsOnAGPU) for size in (36, 28))
+    mask = torch.ones(9, 9, dtype=torch.bool) if masked else None
+    assert mla.attention(q, q, v, mask).shape == v.shape
+    assert seen == ([backends] if backends else []) + [(width, not masked)]
+
+
+def test_bfloat16_attends_in_fp32_on_a_cpu(make_model, monkeypatch):
+    dtypes = []
+    attend = F.scaled_dot_product_attention
+    def recording(q, k, v, **kwargs):
+        o = attend(q, k, v, **kwargs)
+        dtypes.append((q.dtype, k.dtype, v.dtype, o.dtype))
+        return o
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recording)
+    model, x = make_model(), torch.randn(1, 5, 48)
+    mla, angles = model.model.layers[0].self_attn, rope_cos_sin(model.config, 0, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mla(x, *angles).dtype == torch.bfloat16
+    assert mla.bfloat16()(x.bfloat16(), *angles).dtype == torch.bfloat16
+    assert set(dtypes) == {(torch.float32,) * 4}
 
 
 def test_drafts_to_verify_attend_as_they_would_alone(make_model, monkeypatch):

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import DeepSeekV3, rope_cos_sin
+import model as model_module
+from model import DeepSeekV3, rope_cos_sin, sampling_probs
 
 
 def slow_mtp_losses(model, idx, targets):
@@ -38,7 +39,8 @@ def test_labels_against_a_hand_written_alignment(make_model, depth):
     model = make_model(num_nextn_predict_layers=depth).train()
     tokens = torch.randint(0, 61, (2, 11))
     idx, targets = tokens[:, :-1], tokens[:, 1:]
-    logits, loss, aux = model(idx, targets)
+    _, loss, aux = model(idx, targets)
+    logits = model(idx)[0]
     expected = slow_mtp_losses(model, idx, targets)
     assert aux["mtp"].item() == pytest.approx(sum(expected).item() / depth, rel=1e-5)
     main = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -101,6 +103,59 @@ def test_sequences_shorter_than_the_depth(make_model, T):
     model.update_router_bias(aux["load"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunked_loss_has_the_values_and_gradients_of_the_naive_one(make_model, monkeypatch, dtype):
+    model = make_model(num_nextn_predict_layers=2, tie_word_embeddings=True).train()
+    tokens = torch.randint(0, 61, (3, 33))
+    idx, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[0, 5:20] = -100
+
+    def step(logits_at_once, dtype):
+        monkeypatch.setattr(model_module, "LOSS_CHUNK", logits_at_once)
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits, loss, aux = model(idx, targets)
+        assert logits is None
+        loss.backward()
+        return [loss, aux["main"], aux["mtp"], *(p.grad for p in model.parameters())]
+
+    naive, chunked = step(10**9, dtype), step(7 * 61 + 5, dtype)        # 7 tokens a chunk, and 96 in all
+    if dtype == torch.float32:
+        for a, b in zip(chunked, naive, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    else:
+        exact = step(10**9, torch.float32)
+        error, naive_error = (sum((a - b).square().sum() for a, b in zip(step, exact)) for step in (chunked, naive))
+        assert error < 1.1 * naive_error
+
+
+def test_training_holds_few_logits_at_a_time(make_model, monkeypatch):
+    """What the backward pass needs, and the largest tensors on the way, of the vocabulary's width."""
+    monkeypatch.setattr(model_module, "LOSS_CHUNK", 4 * 5000)
+    model = make_model(num_nextn_predict_layers=1, vocab_size=5000).train()
+    tokens = torch.randint(0, 5000, (2, 65))
+    kept, rows = {}, []
+
+    def pack(t):
+        if t.dim() == 2 and t.size(1) == 5000:
+            kept[t.untyped_storage().data_ptr()] = t.size(0)
+        return t
+
+    model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.numel() // 5000))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(tokens[:, :-1], tokens[:, 1:])[1]
+    loss.backward()
+    assert sum(kept.values()) <= 4 and max(rows) == 4
+    assert sum(rows) == 2 * (128 + 126)     # each of both heads' once forward and once backward
+
+
+def test_a_small_vocabulary_is_not_cut(make_model):
+    model, calls = make_model(num_nextn_predict_layers=1).train(), []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    model(torch.randint(0, 61, (4, 64)), torch.randint(0, 61, (4, 64)))[1].backward()
+    assert len(calls) == 2
+
+
 def test_eval_mode_returns_the_main_loss(make_model):
     model = make_model(num_nextn_predict_layers=1)
     idx = torch.randint(0, 61, (2, 9))
@@ -144,6 +199,19 @@ def test_a_token_id_out_of_range_is_named(make_model, bad):
     for call in (lambda m: m(idx), lambda m: m.generate(idx, 2), lambda m: m.decode(idx, m.new_cache(1, 3), 0)):
         with pytest.raises(ValueError, match=f"token id {bad} is outside the vocabulary of 61"):
             call(make_model())
+
+
+@pytest.mark.parametrize("prompts", [[[1, 2], [3]], [1, 2], "text", torch.tensor([1, 2]), torch.ones(1, 2), None])
+def test_prompts_that_are_no_batch_are_refused_with_a_way_out(make_model, prompts):
+    with pytest.raises(ValueError, match=r"for p in prompts: model.generate\(torch.tensor\(\[p\]\)"):
+        make_model().generate(prompts, 2)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-46, 1e-320])
+def test_a_tiny_temperature_is_greedy(temperature):
+    logits = torch.tensor([[2.0, 1.0, -math.inf, 2.0], [0.0, 1e-30, 0.0, 0.0]])
+    probs = sampling_probs(logits, temperature)
+    assert probs[0].tolist() == [0.5, 0.0, 0.0, 0.5] and probs[1].argmax() == 1 and torch.isfinite(probs).all()
 
 
 def test_a_sequence_beyond_the_context_is_refused(make_model):
