@@ -316,59 +316,62 @@ def load_checkpoint(path):
     return ckpt
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Released checkpoints
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-SCALE_DTYPES = [*STORED_DTYPES, "F8_E8M0"]      # all of them are exact in fp32, but for F64
-FP8_FORMAT = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
-# Keys of config.json that may be absent or have this value. No tensor would show that they differ.
+SCALE_DTYPES = [*STORED_DTYPES, "F8_E8M0"]
+FP8_FORMAT = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+              "weight_block_size": [128, 128]}
+# Keys of config.json that are absent or have this value; no tensor would show another one
 FIXED = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1,
          "attention_bias": False, "attention_dropout": 0, "rope_interleave": True, "partial_rotary_factor": 1,
          "index_topk": None, "sliding_window": None}
-# The model types that compute what DeepSeek-V3 does, each with the defaults of its own that no tensor's shape shows
+# The model types that compute what DeepSeek-V3 does, with defaults of their own
 SAME_MODEL = {"deepseek_v3": {}, "kimi_k2": {},
-              "glm4_moe_lite": dict(n_group=1, topk_group=1, num_experts_per_tok=4, routed_scaling_factor=1.8,
-                                    first_k_dense_replace=1, rms_norm_eps=1e-5, max_position_embeddings=202752)}
+              "glm4_moe_lite": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 4, "rms_norm_eps": 1e-5,
+                                "first_k_dense_replace": 1, "routed_scaling_factor": 1.8,
+                                "max_position_embeddings": 202752}}
 OTHER_MODELS = {"deepseek_v2": "its router uses a softmax", "deepseek_v32": "its attention is sparse",
                 "deepseek_v4": "its attention is not MLA", "glm_moe_dsa": "its attention is sparse",
-                "glm4_moe": "its attention is not MLA", "kimi_linear": "most of its layers have linear attention",
-                "kimi_k25": "it also reads images", "deepseek_vl": "it also reads images",
-                "deepseek_vl_v2": "it also reads images"}
-# The small files beside the weights that an export keeps: everything that says where texts begin and end
-SIDE_FILES = re.compile(r"generation_config\.json|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|"
-                        r"tiktoken\.model|tokenization_\w+\.py|chat_template\.(json|jinja)|"
-                        r"additional_chat_templates/\w+\.jinja")
-SIDE_BYTES = 2**26      # what is larger in sum is left behind
-SAFETENSORS_ONLY = "weights are read from safetensors files only, never from pickles"
-WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?(\.tmp)?")
+                "glm4_moe": "its attention is not MLA", "kimi_linear": "most of its attention is linear",
+                "kimi_k25": "it also reads images", "deepseek_vl_v2": "it also reads images"}
+# What says where texts begin and end: an export keeps these files, up to this size each
+SIDE_FILES = re.compile(r"(generation_config|tokenizer(_config)?|special_tokens_map|added_tokens)\.json"
+                        r"|tiktoken\.model|tokenization_\w+\.py|chat_template\.(json|jinja)"
+                        r"|additional_chat_templates/\w+\.jinja")
+SIDE_BYTES = 2**26
+YARN_NUMBERS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+                "mscale_all_dim", "attention_factor")
+WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 class Stored(NamedTuple):
-    """What a file's header says about a tensor; dtype None: the index names the tensor, but the file is missing."""
     file: Path
-    dtype: str | None
+    dtype: str      # as the file's header spells it
     shape: tuple
 
 
 def released_folder(name):
-    """The folder of a released checkpoint: a path or, where there is none, an id on the Hugging Face Hub (owner/model),
-    whose files are downloaded by huggingface_hub. ImportError without that, ValueError if the Hub doesn't give them."""
+    """The folder of a path or, if there is none, of an id on the Hugging Face Hub (owner/name), which
+    huggingface_hub downloads. ImportError without that, ValueError if the Hub refuses."""
     path = Path(name)
     if path.parent.exists() or path.is_absolute() or len(path.parts) != 2 or str(name).startswith("."):
         return path
     try:
         from huggingface_hub import snapshot_download
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]        # never a pickle
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
     except ImportError:
-        raise ImportError(f"there is no folder {name}; to fetch {name} from the Hugging Face Hub: pip install "
-                          "huggingface_hub") from None
-    try:
-        # never a pickle
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        raise ImportError(f"there is no folder {name}; to fetch {name} from the Hugging Face Hub: "
+                          "pip install huggingface_hub") from None
     except (OSError, ValueError) as e:
-        reason = " ".join(str(e).split())[:100]
-        raise ValueError(f"there is no folder {name}, and the Hugging Face Hub did not give {name} ({reason}); check the "
-                         "name and the network, or download the files and give their folder") from None
+        raise ValueError(f"there is no folder {name}, and the Hugging Face Hub did not give it "
+                         f"({one_line(e)}); check the name and the network, or give a folder") from None
+
+
+def one_line(e):
+    return " ".join(str(e).split())[:200]
 
 
 def read_json(path):
@@ -378,16 +381,18 @@ def read_json(path):
             return content
         reason = f"it holds a {type(content).__name__}"
     except (ValueError, RecursionError) as e:
-        reason = " ".join(str(e).split())[:100]
+        reason = one_line(e)
     raise ValueError(f"{path} is not a JSON object: {reason}")
 
 
-def read_config(dir):
-    """The DeepSeekV3Config of a folder's config.json: the release's, or what Hugging Face transformers 5 writes.
+# ----------------------------------------------------------------------------------------------- config.json
 
-    Keys that don't concern the model are ignored. ValueError for what this code cannot honour, such as another scoring
-    function: it would silently load as a different model. Absent keys have the defaults of their model type, except
-    num_nextn_predict_layers, which is 0.
+def read_config(dir):
+    """The DeepSeekV3Config of a folder's config.json, in the release's form or that of transformers 5.
+
+    Keys that don't concern the model are ignored. ValueError for what this code can't honour, such as another
+    scoring function: it would silently load as a different model. Absent keys have the model type's defaults,
+    except num_nextn_predict_layers, which is 0.
     """
     path = Path(dir) / "config.json"
     if not path.is_file():
@@ -397,38 +402,43 @@ def read_config(dir):
         kind = raw.get("model_type", "deepseek_v3")
         if not isinstance(kind, str) or kind not in SAME_MODEL:
             why = OTHER_MODELS.get(str(kind), "only models that compute the same as DeepSeek-V3 are")
-            raise ValueError(f"model_type={repr(kind)[:100]} is not supported: {why}; choose a checkpoint of type "
-                             + " or ".join(SAME_MODEL))
+            raise ValueError(f"model_type={repr(kind)[:100]} is not supported: {why}; choose a checkpoint "
+                             f"of type {' or '.join(SAME_MODEL)}")
         check_fixed(raw)
         quantized = raw.get("quantization_config") or {}
         for key, value in FP8_FORMAT.items():
             if quantized and (not isinstance(quantized, dict) or quantized.get(key, value) != value):
-                raise ValueError(f"quantization_config={repr(quantized)[:200]} is not supported, only DeepSeek's FP8 is, "
-                                 f"whose {key} is {value!r}")
+                raise ValueError(f"quantization_config={repr(quantized)[:200]} is not supported, only "
+                                 f"DeepSeek's FP8 is, whose {key} is {value!r}")
         raw = {"num_nextn_predict_layers": 0, **SAME_MODEL[kind], **raw, **read_rope(raw)}
         for key in "num_nextn_predict_layers", "n_shared_experts":
             if raw.get(key, 0) is None:
                 raw[key] = 0
-        values = {f.name: read_value(f.name, f.type, raw[f.name])
-                  for f in dataclasses.fields(DeepSeekV3Config) if f.name in raw}
-        if raw.get("mlp_layer_types") is not None:      # glm4_moe_lite's spelling of first_k_dense_replace
-            values["first_k_dense_replace"] = count_dense(raw["mlp_layer_types"], values["num_hidden_layers"])
-        return DeepSeekV3Config(**values)
+        config = DeepSeekV3Config(**{f.name: read_value(f.name, f.type, raw[f.name])
+                                     for f in dataclasses.fields(DeepSeekV3Config) if f.name in raw})
+        if (kinds := raw.get("mlp_layer_types")) is not None:       # glm4_moe_lite's first_k_dense_replace
+            layers, shown = config.num_hidden_layers, repr(kinds)[:100]
+            kinds = kinds[:layers] if isinstance(kinds, list) else []
+            dense = config.first_k_dense_replace = kinds.count("dense")
+            if len(kinds) < layers or kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
+                raise ValueError(f"mlp_layer_types={shown} is not supported; it must be 'dense' for the "
+                                 f"first layers and 'sparse' for the rest, {layers} in all")
+        return config
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
 
 
 def check_fixed(section):
     for key in FIXED.keys() & section.keys():
-        # null is the same as absent, except for rope_interleave, where transformers takes null for false
+        # null means absent, except for rope_interleave, where transformers takes null for false
         if section[key] != FIXED[key] and (section[key] is not None or key == "rope_interleave"):
-            raise ValueError(f"{key}={repr(section[key])[:100]} is not supported, only {FIXED[key]!r} is; choose a "
-                             "checkpoint of DeepSeek-V3's own architecture")
+            raise ValueError(f"{key}={repr(section[key])[:100]} is not supported, only {FIXED[key]!r} is; "
+                             "choose a checkpoint of DeepSeek-V3's own architecture")
 
 
 def read_value(name, kind, value):
-    """A field of the config, of type `kind`, out of a JSON file that may hold anything."""
-    if type(value) in (int, float) and not 0 <= value < 2**31:      # NaN neither
+    """A value of type `kind`, from a JSON file that may hold anything."""
+    if type(value) in (int, float) and not 0 <= value < 2**31:      # false for NaN too
         raise ValueError(f"{name} must be a number from 0 to 2^31, got {str(value)[:100]}")
     if kind is float and type(value) is int:
         return float(value)
@@ -438,56 +448,37 @@ def read_value(name, kind, value):
 
 
 def read_rope(raw):
-    """rope_theta and rope_scaling. transformers 5 keeps both in rope_parameters; if there are both forms, it reads the
-    old one, too."""
+    """rope_theta and rope_scaling, or both in rope_parameters, which transformers 5 writes but reads last."""
     for key in "rope_scaling", "rope_parameters":
         if raw.get(key) is not None and not isinstance(raw[key], dict):
             raise ValueError(f"{key} must be a JSON object, got {repr(raw[key])[:100]}")
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     check_fixed(rope)
-    for key, value in rope.items():
-        if isinstance(value, dict):
-            raise ValueError(f"RoPE's parameters by kind of layer ({key[:100]!r}) are not supported; all layers share one")
     theta = rope.pop("rope_theta", raw.get("rope_theta", DeepSeekV3Config.rope_theta))
     if "original_max_position_embeddings" in raw:
         rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
+    for key, value in rope.items():
+        if isinstance(value, dict):
+            raise ValueError(f"RoPE parameters by kind of layer ({key[:100]!r}) are not supported")
+        if key in YARN_NUMBERS and value is not None:
+            read_value(f"rope_scaling['{key}']", int | float, value)
+    theta = read_value("rope_theta", float, theta)
+    if theta <= 1:
+        raise ValueError(f"rope_theta must be over 1, got {theta}")
     if rope.get("rope_type", rope.get("type", "default")) == "default":
         return {"rope_theta": theta, "rope_scaling": None}
-    check_yarn(rope, theta)
+    fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+    if not 1e-3 < slow <= fast or rope.get("truncate", True) is not True:
+        raise ValueError("rope_scaling must have 0.001 < beta_slow <= beta_fast, and not truncate=false, as "
+                         f"DeepSeek-V3 rounds YaRN's range; got {repr(rope)[:200]}")
     return {"rope_theta": theta, "rope_scaling": rope}
 
 
-def check_yarn(rope, theta):
-    if (kind := rope.get("rope_type", rope.get("type"))) != "yarn":
-        raise ValueError(f"rope_scaling of type {repr(kind)[:100]} is not supported, only 'yarn' is")
-    if rope.get("factor") is None:
-        raise ValueError(f"rope_scaling needs a 'factor' for YaRN, got {repr(rope)[:200]}")
-    for key, least in {"factor": 1, "original_max_position_embeddings": 1, "beta_fast": 0, "beta_slow": 0, "mscale": 0,
-                       "mscale_all_dim": 0, "attention_factor": 0}.items():
-        if (value := rope.get(key)) is not None and read_value(f"rope_scaling['{key}']", int | float, value) < least:
-            raise ValueError(f"rope_scaling['{key}'] must be at least {least}, got {value}")
-    fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
-    if not 1e-3 < slow <= fast:
-        raise ValueError(f"rope_scaling['beta_slow'] must be over 0.001 and at most beta_fast, got {slow} and {fast}")
-    if theta == 1:
-        raise ValueError("rope_theta must be over 1 for YaRN, got 1")
-    if rope.get("truncate", True) is not True:
-        raise ValueError("rope_scaling['truncate'] = false is not supported; DeepSeek-V3 rounds YaRN's range")
-
-
-def count_dense(kinds, layers):
-    """first_k_dense_replace out of mlp_layer_types, which says "dense" or "sparse" for each layer."""
-    if isinstance(kinds, list) and len(kinds) >= layers:
-        dense = next((i for i, kind in enumerate(kinds) if kind != "dense"), len(kinds))
-        if all(kind == "sparse" for kind in kinds[dense:layers]):
-            return dense
-    raise ValueError(f"mlp_layer_types={repr(kinds)[:100]} is not supported; it must be 'dense' for the first layers and "
-                     f"'sparse' for the rest, {layers} in all")
-
+# --------------------------------------------------------------------------------------------------- loading
 
 def find_tensors(dir):
-    """The safetensors files of a folder -> {tensor's name: Stored}, from their headers only, and {name: file} of what
-    the index names in files that are not there."""
+    """The safetensors files of a folder -> {tensor's name: Stored}, from their headers only; and {name: file}
+    of the tensors that the index places in missing files."""
     index, weight_map, files = dir / "model.safetensors.index.json", {}, ["model.safetensors"]
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -495,7 +486,7 @@ def find_tensors(dir):
             raise ValueError(f"{index} has no weight_map")
         files = list(dict.fromkeys(map(str, weight_map.values())))
     elif not (dir / files[0]).is_file():
-        raise ValueError(f"{dir} has no {files[0]}; {SAFETENSORS_ONLY}")
+        raise ValueError(f"{dir} has no {files[0]}; weights are read from safetensors, never from pickles")
     stored = {}
     for file in files:
         path = dir / file
@@ -505,22 +496,12 @@ def find_tensors(dir):
             with open_safetensors(path) as f:
                 for name in f.keys():
                     if name in stored:
-                        raise ValueError(f"{dir} has {name} in two files, {stored[name].file.name} and {file}")
+                        first = stored[name].file.name
+                        raise ValueError(f"{dir} has {name} in two files, {first} and {file}")
                     view = f.get_slice(name)
                     stored[name] = Stored(path, view.get_dtype(), tuple(view.get_shape()))
-    for name, file in weight_map.items():
-        if name in stored and stored[name].file.name != file:
-            raise ValueError(f"{index} says that {name} is in {file}, which doesn't hold it")
     lost = {file for file in files if not (dir / file).is_file()}
     return stored, {name: file for name, file in weight_map.items() if file in lost}
-
-
-def open_safetensors(file):
-    lib = safetensors()
-    try:
-        return lib.safe_open(file, "pt")
-    except (lib.SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{file} is damaged or no safetensors file: {' '.join(str(e).split())[:200]}") from None
 
 
 def safetensors():
@@ -528,26 +509,67 @@ def safetensors():
         import safetensors.torch
         return safetensors
     except ImportError:
-        raise ImportError("released checkpoints need the safetensors package: pip install safetensors") from None
+        raise ImportError("released checkpoints need safetensors: pip install safetensors") from None
+
+
+def open_safetensors(file):
+    try:
+        return safetensors().safe_open(file, "pt")
+    except (safetensors().SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{file} is damaged or no safetensors file: {one_line(e)}") from None
+
+
+def read_tensor(file, name):
+    """One tensor, on the CPU. Opens the file each time, as all that was read stays in memory until then."""
+    with open_safetensors(file) as f:
+        return f.get_tensor(name)
+
+
+def read_weight(stored, name):
+    """A tensor and, if it is stored in FP8, the scale of each 128x128 block in fp32, else None."""
+    tensor, scale_name = read_tensor(stored[name].file, name), name + "_scale_inv"
+    if stored[name].dtype != "F8_E4M3":
+        return tensor, None
+    scale = read_tensor(stored[scale_name].file, scale_name).float()
+    if not (scale.isfinite() & (scale >= 0)).all():
+        raise ValueError(f"{stored[name].file}: {scale_name} holds scales that are negative or not finite; "
+                         "the file is damaged")
+    return tensor, scale
+
+
+def dequantize(tensor, scale):
+    if scale is None:
+        return tensor
+    from fp8 import weight_dequant      # imports Triton, which is slow
+    return weight_dequant(tensor, scale)
 
 
 def released_tensors(model):
-    """{name in a released checkpoint: tensor}, each expert by itself; and {name: name} of those that only repeat
-    another tensor: embedding and head of the MTP modules, and a tied head."""
+    """{name in a released checkpoint: tensor}, each expert by itself; and {name: name of the original} of
+    copies: embedding and head of the MTP modules, and a tied head."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         stem, _, kind = name.rpartition(".")
         if stem.endswith(".mlp.experts"):
-            kind, suffix = kind.removesuffix("_scale_inv"), "_scale_inv" if kind.endswith("_scale_inv") else ""
-            tensors |= {f"{stem}.{e}.{kind}.weight{suffix}": tensor[e] for e in range(len(tensor))}
+            proj, scale = kind.removesuffix("_scale_inv"), kind.endswith("_scale_inv")
+            kind = f"{proj}.weight_scale_inv" if scale else f"{proj}.weight"
+            tensors |= {f"{stem}.{e}.{kind}": tensor[e] for e in range(len(tensor))}
         else:
             tensors[name] = tensor
     copies = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
     for i in range(model.config.num_hidden_layers, len(model.model.layers)):
-        for name, shared in ("embed_tokens", "model.embed_tokens.weight"), ("shared_head.head", "lm_head.weight"):
-            tensors[f"model.layers.{i}.{name}.weight"] = tensors[shared]
-            copies[f"model.layers.{i}.{name}.weight"] = shared
-    return tensors, copies
+        copies |= {f"model.layers.{i}.embed_tokens.weight": "model.embed_tokens.weight",
+                   f"model.layers.{i}.shared_head.head.weight": "lm_head.weight"}
+    return tensors | {name: tensors[original] for name, original in copies.items()}, copies
+
+
+def on_meta(cls, config, origin):
+    """The model without memory for its weights. ValueError if they are more than numbers can count."""
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"{origin} has a config of an impossible size ({one_line(e)})") from None
 
 
 @torch.no_grad()
@@ -557,275 +579,234 @@ def load(cls, dir, dtype=None, device=None, **changes):
         raise ValueError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
     dir = released_folder(dir)
     config = dataclasses.replace(read_config(dir), **changes)
-    stored, absent = find_tensors(dir)
-    # MTP modules beyond config's are left out; Hugging Face drops them, so the files may hold none of config's
-    names, end = stored.keys() | absent.keys(), config.num_hidden_layers + config.num_nextn_predict_layers
-    numbers = {layer_number(name) for name in names}
-    left_out = sorted(n for n in numbers if n >= end and f"model.layers.{n}.eh_proj.weight" in names)
-    if left_out and "num_nextn_predict_layers" not in changes:
-        print(f"{dir}: left out MTP layer {', '.join(map(str, left_out))}, which is beyond the num_nextn_predict_layers="
-              f"{config.num_nextn_predict_layers} of config.json", file=sys.stderr)
-    stored = {name: at for name, at in stored.items() if layer_number(name) not in left_out}
-    if not any(config.num_hidden_layers <= n < end for n in numbers):
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    model = on_meta(cls, check_size(dir, config, len(names)), dir)
+    stored, lost = find_tensors(dir)
+    config, stored = match_mtp(dir, config, stored, lost, quiet="num_nextn_predict_layers" in changes)
+    layers, depth = config.num_hidden_layers, config.num_nextn_predict_layers
+    experts, count = config.n_routed_experts, len(stored) + len(lost)
+    # a config of a hostile size is not even built on meta
+    if max(layers + depth, 3 * experts * (layers + depth - config.first_k_dense_replace)) > count:
+        raise ValueError(f"{dir} holds {count} tensors, too few for the {layers} layers, {depth} MTP modules "
+                         f"and {experts} experts of its config.json")
+    model = on_meta(cls, config, dir)
     expected, copies = released_tensors(model)
-    check_tensors(dir, expected, copies, stored, absent)
+    check_tensors(dir, expected, copies, stored, lost)
 
     dtype = dtype or STORED_DTYPES.get(stored["model.embed_tokens.weight"].dtype, torch.bfloat16)
     if dtype == torch.float8_e4m3fn:
-        from fp8 import hold_in_fp8, quantize_reference     # brings Triton, slow to import
+        from fp8 import hold_in_fp8, quantize_reference
         model = hold_in_fp8(model.to(torch.bfloat16))
-    model = (model if dtype == torch.float8_e4m3fn else model.to(dtype)).to_empty(device=device or "cpu")
+    else:
+        model = model.to(dtype)
+    model = model.to_empty(device=device or "cpu")
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight      # to_empty parts them
     targets, _ = released_tensors(model)
     for name in progress([n for n in stored if n in expected and n not in copies], f"reading {dir}"):
         tensor, scale = read_weight(stored, name)
-        if name + "_scale_inv" in targets:
+        if name + "_scale_inv" in targets:      # stays in FP8
             tensor, scale = quantize_reference(tensor, 128) if scale is None else (tensor, scale)
             targets[name + "_scale_inv"].copy_(scale)
         else:
             tensor = dequantize(tensor, scale)
         targets[name].copy_(tensor)
-    for name, original in copies.items():
-        if name in stored and not same(dequantize(*read_weight(stored, name)), targets[original]):
-            raise ValueError(f"{dir}: {name} differs from {original}, but the model has one tensor for both; " + (
-                "set tie_word_embeddings to false in config.json" if name == "lm_head.weight" else
-                "set num_nextn_predict_layers to 0 in config.json, to load the main model alone"))
+    for name in [n for n in copies if n in stored]:
+        copy, original = dequantize(*read_weight(stored, name)), targets[copies[name]]
+        # a copy may be stored in another dtype
+        if not torch.equal(copy.to(original), original) and not torch.equal(copy, original.to(copy)):
+            cure = ("tie_word_embeddings to false" if name == "lm_head.weight" else
+                    "num_nextn_predict_layers to 0, for the main model alone,")
+            raise ValueError(f"{dir}: {name} differs from {copies[name]}, but the model has one tensor for "
+                             f"both; set {cure} in config.json")
     model.source_files = read_side_files(dir)
     return model.eval()
 
 
-def layer_number(name):
-    """The N of model.layers.N.; -1 for a tensor outside the layers."""
-    match = re.match(r"model\.layers\.(\d{1,9})\.", name)
-    return int(match[1]) if match else -1
+def match_mtp(dir, config, stored, lost, quiet):
+    """config and stored, reduced to the MTP modules that both have: Hugging Face drops them from files, and a
+    config may count fewer than there are."""
+    first, end = config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers
+    layer = {name: int(match[1]) for name in stored.keys() | lost.keys()
+             if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
+    if not any(first <= i < end for i in layer.values()):
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    extra = sorted({i for i in layer.values() if i >= end and f"model.layers.{i}.eh_proj.weight" in layer})
+    if extra and not quiet:
+        print(f"{dir}: left out MTP layer {', '.join(map(str, extra))}, as num_nextn_predict_layers is "
+              f"{end - first} in config.json", file=sys.stderr)
+    return config, {name: at for name, at in stored.items() if layer.get(name) not in extra}
 
 
-def check_size(dir, config, count):
-    """config, if `count` tensors can be enough for it. ValueError before a hostile one is built, be it on meta."""
-    layers, depth = config.num_hidden_layers, config.num_nextn_predict_layers
-    moe_layers = max(layers - config.first_k_dense_replace, 0) + depth
-    if layers + depth > count or 3 * config.n_routed_experts * moe_layers > count:
-        raise ValueError(f"{dir} holds {count} tensors, too few for the {layers} layers, {depth} MTP modules and "
-                         f"{config.n_routed_experts} experts of its config.json")
-    return config
-
-
-def on_meta(cls, config, origin):
-    """The model without memory for its weights. ValueError if they are more than numbers can count."""
-    try:
-        with torch.device("meta"):
-            return cls(config)
-    except (RuntimeError, TypeError) as e:
-        raise ValueError(f"{origin} has a config of an impossible size ({' '.join(str(e).split())[:100]})") from None
-
-
-def check_tensors(dir, expected, copies, stored, absent):
+def check_tensors(dir, expected, copies, stored, lost):
     """Account for every tensor before any memory is spent."""
     missing, wrong = [name for name in expected if name not in stored and name not in copies], []
-    # nothing is lost with an empty tensor: transformers writes them for n_shared_experts 0
+    # an empty tensor can be ignored: transformers writes them for n_shared_experts 0
     unexpected = {name for name, at in stored.items()
                   if name not in expected and not name.endswith(".rotary_emb.inv_freq") and 0 not in at.shape}
     for name in expected.keys() & stored.keys():
         _, dtype, shape = stored[name]
+        scale, blocks = name + "_scale_inv", tuple(-(-n // 128) for n in shape)
         if shape != tuple(expected[name].shape):
             wrong.append(f"{name} has the shape {shape} instead of {tuple(expected[name].shape)}")
         elif dtype == "F8_E4M3" and len(shape) == 2:
-            scale, blocks = name + "_scale_inv", tuple(-(-n // 128) for n in shape)
             unexpected.discard(scale)
             if scale not in stored:
                 missing.append(scale)
             elif stored[scale].shape != blocks or stored[scale].dtype not in SCALE_DTYPES:
-                wrong.append(f"{scale} is {stored[scale].dtype} {stored[scale].shape} instead of F32 {blocks}")
+                _, dtype, shape = stored[scale]
+                wrong.append(f"{scale} is {dtype} {shape} instead of F32 {blocks}")
         elif dtype not in STORED_DTYPES:
-            wrong.append(f"{name} has the dtype {dtype}, which is none of {', '.join(STORED_DTYPES)} or F8_E4M3")
+            known = ", ".join(STORED_DTYPES)
+            wrong.append(f"{name} has the dtype {dtype}, which is none of {known} or F8_E4M3")
     for name in missing:
-        if name in absent:
-            raise ValueError(f"{dir} has no {absent[name]}, which holds {show(name)}; {SAFETENSORS_ONLY}")
-    parts = [f"{what} {', '.join(map(show, sorted(names)[:10]))}" + f" and {len(names) - 10} more" * (len(names) > 10)
-             for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong:", wrong)) if names]
+        if name in lost:
+            raise ValueError(f"{dir} has no {lost[name]}, which holds {name}; complete the download")
+    parts = []
+    for what, names in ("missing", missing), ("unexpected", unexpected), ("wrong:", wrong):
+        shown = [n if n.isprintable() and len(n) < 250 else ascii(n)[:250] for n in sorted(names)[:10]]
+        if names:
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            parts.append(f"{what} {', '.join(shown)}{more}")
     if parts:
         raise ValueError(f"the tensors of {dir} don't fit its config.json: {'; '.join(parts)}")
 
 
-def show(text):
-    """What a file says, fit for a terminal."""
-    return text if text.isprintable() and len(text) < 250 else ascii(text)[:250]
-
-
-def read_weight(stored, name):
-    """A tensor and, where it is stored in FP8, the scale of each 128x128 block in fp32, else None."""
-    tensor = read_tensor(stored[name].file, name)
-    if stored[name].dtype != "F8_E4M3":
-        return tensor, None
-    name += "_scale_inv"
-    scale = read_tensor(stored[name].file, name).float()
-    if not (scale.isfinite() & (scale >= 0)).all():
-        raise ValueError(f"{stored[name].file}: {name} holds scales that are negative or not finite; the file is damaged")
-    return tensor, scale
-
-
-def read_tensor(file, name):
-    """One tensor, on the CPU. Each maps the file by itself: pages stay in memory as long as their mapping does."""
-    with open_safetensors(file) as f:
-        return f.get_tensor(name)
-
-
-def dequantize(tensor, scale):
-    if scale is None:
-        return tensor
-    from fp8 import weight_dequant
-    return weight_dequant(tensor, scale)
-
-
-def same(copy, weight):
-    """Whether a stored copy repeats a weight of the model, in the dtype of either."""
-    return torch.equal(copy.to(weight), weight) or torch.equal(copy, weight.to(copy))
-
-
 def read_side_files(dir):
-    """model.source_files: {name: text} of what stands beside the weights, and of config.json the special tokens' ids."""
-    texts, room = {}, SIDE_BYTES
-    for path in sorted([*dir.iterdir(), *dir.glob("additional_chat_templates/*")]):
+    """model.source_files: {name: text} of a folder's SIDE_FILES, and of the token ids in its config.json."""
+    texts = {}
+    for path in [*dir.iterdir(), *dir.glob("additional_chat_templates/*")]:
         name = path.relative_to(dir).as_posix()
-        if SIDE_FILES.fullmatch(name) and path.is_file():
-            try:
-                with open(path, "rb") as f:
-                    content = f.read(room + 1)
-                if len(content) <= room:
-                    texts[name] = content.decode("utf-8")
-                    room -= len(content)
-            except (OSError, UnicodeDecodeError):
-                pass    # the weights are as good without it
+        with contextlib.suppress(OSError, UnicodeDecodeError):      # the weights are as good without it
+            if SIDE_FILES.fullmatch(name) and path.is_file() and path.stat().st_size <= SIDE_BYTES:
+                texts[name] = path.read_bytes().decode("utf-8")
     raw = read_json(dir / "config.json")
-    ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if are_ids(raw.get(key))}
+    keys = [key for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None]
+    ids = {key: raw[key] for key in keys}
     return texts | {"config.json": json.dumps(ids)}
 
 
-def are_ids(value):
-    return value is not None and all(type(i) is int for i in (value if isinstance(value, list) else [value]))
-
+# ---------------------------------------------------------------------------------------------------- saving
 
 def is_quantized(name):
-    """Whether the release holds this tensor in FP8: the matrices of attention and MLPs, experts included. The embedding,
-    the head, norms, gates and eh_proj stay in bf16."""
+    """Whether the release holds this tensor in FP8: the matrices of attention and MLPs, experts included. The
+    embedding, the head, norms, gates and eh_proj stay in bf16."""
     return (".self_attn." in name or ".mlp." in name) and "norm" not in name and ".gate." not in name
 
 
-def stored_size(name, t, fp8):
-    """Bytes of a tensor in a file."""
-    if fp8 and is_quantized(name):      # a byte each, and an fp32 scale per block
-        return t.numel() + 4 * math.prod(-(-n // 128) for n in t.shape)
-    return t.numel() * (2 if fp8 and "e_score" not in name else t.element_size())
+def split(tensors, copies, fp8, shard_bytes):
+    """The tensors as the release stores them: yields {name: tensor} for each file of at most shard_bytes."""
+    shard, size = {}, 0
+    for name, t in tensors:
+        if fp8 and is_quantized(name):
+            from fp8 import quantize_reference      # imports Triton, which is slow
+            q, scale = quantize_reference(t, 128)
+            part = {name: q.contiguous(), name + "_scale_inv": scale}
+        else:
+            t = t.to(torch.bfloat16) if fp8 and "e_score" not in name else t
+            # safetensors refuses two tensors in the same memory
+            part = {name: t.clone() if name in copies else t.contiguous()}
+        more = sum(t.nbytes for t in part.values())
+        if shard and size + more > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard |= part
+        size += more
+    yield shard
 
 
 @torch.no_grad()
 def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None):
-    """DeepSeekV3.save_pretrained. Everything is written under temporary names first; then the old checkpoint goes."""
+    """DeepSeekV3.save_pretrained. An earlier checkpoint goes when all of the new one is on the disk."""
     check_plain(model)
-    dir, (tensors, copies) = Path(dir), released_tensors(model)
+    dir, lib, (tensors, copies) = Path(dir), safetensors(), released_tensors(model)
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    shards, room = [], 0        # names of tensors, for each file
-    for name, t in tensors.items():
-        if stored_size(name, t, fp8) > room or not shards:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= stored_size(name, t, fp8)
-    files = {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
-    files = files if len(shards) > 1 else {"model.safetensors": shards[0]}
-
-    side, ids = side_files(model, encoding, ends)
-    config = {**dataclasses.asdict(model.config), "architectures": ["DeepseekV3ForCausalLM"],
-              "model_type": "deepseek_v3", "num_key_value_heads": model.config.num_attention_heads,
-              "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "moe_layer_freq": 1,
-              "scoring_func": "sigmoid", "topk_method": "noaux_tc", "bos_token_id": None, "eos_token_id": None, **ids,
-              "torch_dtype": "bfloat16" if fp8 else str(model.lm_head.weight.dtype).removeprefix("torch.")}
-    if fp8:
-        config["quantization_config"] = FP8_FORMAT
-    texts = {"config.json": json.dumps(config, indent=2) + "\n", **side}
-    if len(files) > 1:
-        weight_map = {name: file for file, names in files.items() for name in names}
-        if fp8:
-            weight_map |= {name + "_scale_inv": file for name, file in weight_map.items() if is_quantized(name)}
-        total = sum(stored_size(name, t, fp8) for name, t in tensors.items())
-        texts["model.safetensors.index.json"] = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map},
-                                                           indent=2) + "\n"
-
-    lib, tmp, new = safetensors(), ".tmp", [*texts, *files]
+    texts = config_and_side_files(model, encoding, fp8, ends)
     dir.mkdir(parents=True, exist_ok=True)
-    old = old_files(dir) - {file + tmp for file in new} - set(new)
-    if encoding is not None and "generation_config.json" not in texts:
-        old.add("generation_config.json")       # of another tokenizer, whose ids would override those of config.json
+    old, shards = old_files(dir), []
+    if "tokenizer.json" in texts:
+        old.add("generation_config.json")       # its ids would override those of config.json
     try:
-        for file, text in texts.items():
-            (dir / file).parent.mkdir(exist_ok=True)
-            (dir / (file + tmp)).write_bytes(text.encode())
-        for file, names in progress(list(files.items()), f"writing {dir}"):
-            shard = {}
-            for name in names:
-                shard |= to_stored(name, tensors[name].clone() if name in copies else tensors[name], fp8)
-            lib.torch.save_file(shard, dir / (file + tmp), metadata={"format": "pt"})
-            shutil.copymode(dir / ("config.json" + tmp), dir / (file + tmp))    # safetensors makes it unreadable for others
-        for file in new:
-            with open(dir / (file + tmp), "rb+") as f:
+        for file, content in texts.items():
+            write_text(dir / f"{file}.tmp", content)
+        for shard in split(progress(tensors.items(), f"writing {dir}"), copies, fp8, shard_bytes):
+            shards.append({name: t.nbytes for name, t in shard.items()})
+            path = dir / f"model-{len(shards)}.safetensors.tmp"
+            lib.torch.save_file(shard, path, metadata={"format": "pt"})
+            shutil.copymode(dir / "config.json.tmp", path)      # else only the owner may read it
+            with open(path, "rb+") as f:
                 os.fsync(f.fileno())
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        if len(shards) == 1:
+            names = ["model.safetensors"]
+        else:
+            index = {"metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
+                     "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
+            texts["model.safetensors.index.json"] = index
+            write_text(dir / "model.safetensors.index.json.tmp", index)
     except (lib.SafetensorError, OSError) as e:     # a full disk, a folder that can't be written
-        for file in new:
-            (dir / (file + tmp)).unlink(missing_ok=True)
-        raise OSError(f"{dir / file} can't be written ({' '.join(str(e).split())[:200]}); an earlier checkpoint in {dir} is "
-                      "intact: make room, or save to another folder") from None
-    (dir / "config.json").unlink(missing_ok=True)       # from here until it is back, this is no checkpoint
-    for file in old:
-        (dir / file).unlink(missing_ok=True)
-    for file in reversed(new):
-        os.replace(dir / (file + tmp), dir / file)
+        raise OSError(f"{dir} can't be written ({one_line(e)}); an earlier checkpoint in it is intact: make "
+                      "room, or save to another folder") from None
+    else:
+        for file in ["config.json", *old]:      # without config.json, old and new files are no checkpoint
+            (dir / file).unlink(missing_ok=True)
+        for i, file in enumerate(names, 1):
+            os.replace(dir / f"model-{i}.safetensors.tmp", dir / file)
+        for file in reversed(texts):            # config.json comes last
+            os.replace(dir / f"{file}.tmp", dir / file)
+    finally:
+        for path in [*dir.glob("model-*.safetensors.tmp"), *(dir / f"{file}.tmp" for file in texts)]:
+            path.unlink(missing_ok=True)
+
+
+def write_text(path, content):
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "wb") as f:
+        f.write((content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode())
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def check_plain(model):
     """ValueError for a model that the released format can't describe."""
     shapes = {(name, t.shape) for name, t in model.state_dict().items()}
     if any(name.endswith("_scale_inv") for name, _ in shapes):
-        raise ValueError("this model holds its weights in FP8, for inference only; load it with dtype=torch.bfloat16 "
-                         "and save it with fp8=True")
+        raise ValueError("this model holds its weights in FP8, for inference only; load it with "
+                         "dtype=torch.bfloat16 and save it with fp8=True")
     plain = on_meta(DeepSeekV3, model.config, "the model").state_dict()
-    odd = replaced_classes(model) or sorted({name for name, _ in shapes ^ {(n, t.shape) for n, t in plain.items()}})
+    odd = replaced_classes(model) or sorted({n for n, _ in shapes ^ {(n, t.shape) for n, t in plain.items()}})
     if odd:
-        raise ValueError(f"{', '.join(odd[:5])}: not as in model.py, which readers of a released checkpoint expect; put "
-                         "the original classes back, and merge adapters into the weights")
+        raise ValueError(f"{', '.join(odd[:5])}: not as in model.py, which readers of a released checkpoint "
+                         "expect; put the original classes back, and merge adapters into the weights")
 
 
-def to_stored(name, t, fp8):
-    """{name: tensor} of what a file holds for a tensor."""
-    if fp8 and is_quantized(name):
-        from fp8 import quantize_reference
-        q, scale = quantize_reference(t, 128)
-        return {name: q.contiguous(), name + "_scale_inv": scale}
-    return {name: (t.to(torch.bfloat16) if fp8 and "e_score" not in name else t).contiguous()}
-
-
-def side_files(model, encoding, ends):
-    """{name: text} of the tokenizer's files for an export, and the ids that belong into its config.json."""
-    source = getattr(model, "source_files", {})
+def config_and_side_files(model, encoding, fp8, ends):
+    """{file name: content} of config.json, which comes first, and of the tokenizer's files."""
+    source, ids = getattr(model, "source_files", {}), {}
     if encoding is None or is_tokenizer_of(source, encoding):
-        kept = {name: text for name, text in source.items() if SIDE_FILES.fullmatch(name)}      # never ../x
-        return kept, json.loads(source.get("config.json", "{}"))
-    from data.tokenizer import tokenizer_files
-    files = tokenizer_files(encoding, ends) if ends else tokenizer_files(encoding)
-    ids = {key: files["tokenizer_config.json"].pop(key) for key in ("bos_token_id", "eos_token_id")}
-    return {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}, ids
+        texts = {name: text for name, text in source.items() if SIDE_FILES.fullmatch(name)}     # never ../x
+        ids = json.loads(source.get("config.json", "{}"))
+    else:
+        from data.tokenizer import tokenizer_files
+        texts = tokenizer_files(encoding, ends)
+        ids = {key: texts["tokenizer_config.json"].pop(key) for key in ("bos_token_id", "eos_token_id")}
+    config = {**dataclasses.asdict(model.config), "architectures": ["DeepseekV3ForCausalLM"],
+              "model_type": "deepseek_v3", "num_key_value_heads": model.config.num_attention_heads,
+              "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "moe_layer_freq": 1,
+              "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+              "bos_token_id": None, "eos_token_id": None, **ids,
+              "torch_dtype": "bfloat16" if fp8 else str(model.lm_head.weight.dtype).removeprefix("torch.")}
+    if fp8:
+        config["quantization_config"] = FP8_FORMAT
+    return {"config.json": config, **texts}
 
 
 def is_tokenizer_of(source, encoding):
-    """Whether the source's own tokenizer files give the ids of this tiktoken.Encoding."""
+    """Whether the tokenizer among model.source_files gives the ids of a tiktoken.Encoding."""
     from data.tokenizer import get_tokenizer, same_ids
     with tempfile.TemporaryDirectory() as dir:
-        for name in source:
+        for name, text in source.items():
             if name == "config.json" or SIDE_FILES.fullmatch(name) and "/" not in name:
-                Path(dir, name).write_bytes(source[name].encode())
+                Path(dir, name).write_bytes(text.encode())
         try:
             return same_ids(get_tokenizer(dir), encoding)
         except (ValueError, OSError):
@@ -833,46 +814,44 @@ def is_tokenizer_of(source, encoding):
 
 
 def old_files(dir):
-    """Names of an earlier checkpoint's weights in a folder: what its index names, and whatever is named like a shard. A
-    reader that takes all safetensors files of the folder would mix them with the new ones."""
-    named = ()
+    """The files of an earlier checkpoint's weights: what its index lists, and whatever is named like a shard.
+    Readers that take all safetensors files of a folder would mix them with the new ones."""
+    weight_map = {}
     with contextlib.suppress(ValueError, OSError):
-        named = read_json(dir / "model.safetensors.index.json").get("weight_map")
-    named = {str(file) for file in named.values()} if isinstance(named, dict) else ()
-    return {path.name for path in dir.iterdir() if (path.is_file() or path.is_symlink()) and (
-        WEIGHT_FILES.fullmatch(path.name) or path.suffix == ".safetensors" and path.name in named)}
+        weight_map = read_json(dir / "model.safetensors.index.json").get("weight_map")
+    listed = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else set()
+    return {path.name for path in dir.iterdir() if not path.is_dir() and (
+        WEIGHT_FILES.fullmatch(path.name) or path.suffix == ".safetensors" and path.name in listed)}
 
 
 def progress(items, what):
-    """items, with a progress bar on a terminal: tqdm's where it is installed, else a line now and then."""
+    """items, with progress on a terminal: tqdm's bar where it is installed, else a line now and then."""
     if not (sys.stderr and sys.stderr.isatty()):
         yield from items
         return
     try:
         from tqdm import tqdm
+        yield from tqdm(items, what, leave=False, delay=1)
     except ImportError:
         shown = time.monotonic()
         for i, item in enumerate(items):
             if time.monotonic() > shown + 5:
-                print(f"{what}: {i} of {len(items)}", file=sys.stderr)
                 shown = time.monotonic()
+                print(f"{what}: {i} of {len(items)}", file=sys.stderr)
             yield item
-    else:
-        yield from tqdm(items, what, leave=False, delay=1)
 
 
 def replaced_classes(model):
-    """Names of the classes, methods and functions of a model that are not model.py's, fp8.py's or torch's own. Files hold
-    their weights, but not what they compute with them."""
-    home = sys.modules[DeepSeekV3.__module__]
-    names = {name for name, value in vars(home).items() if inspect.isfunction(value) and is_foreign(value)}
+    """Names of a model's classes, methods and functions that are not model.py's, fp8.py's or torch's own: a
+    checkpoint holds their weights, but not what they compute."""
+    functions = vars(sys.modules[DeepSeekV3.__module__]).items()
+    names = {name for name, value in functions if inspect.isfunction(value) and is_foreign(value)}
     for module in model.modules():
-        for cls in type(module).__mro__:
-            if is_foreign(cls):
-                names.add(cls.__name__)
-        owners = [cls for cls in type(module).__mro__ if cls.__module__ in ("model", "fp8")]
-        for owner in [*owners, module]:
-            names |= {f"{getattr(owner, '__name__', type(module).__name__)}.{key}" for key, value in vars(owner).items()
+        classes = type(module).__mro__
+        names |= {cls.__name__ for cls in classes if is_foreign(cls)}
+        for owner in [module, *(cls for cls in classes if cls.__module__ in ("model", "fp8"))]:
+            name = getattr(owner, "__name__", type(module).__name__)
+            names |= {f"{name}.{key}" for key, value in vars(owner).items()
                       if callable(value) and is_foreign(value)}
     return sorted(names)
 

@@ -631,7 +631,7 @@ def test_a_save_that_fails_says_so_in_one_sentence(tmp_path, make_model, monkeyp
     make_model().save_pretrained(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     monkeypatch.setattr(st, "save_file", full)
-    with pytest.raises(OSError, match="model.safetensors can't be written .*No space left"):
+    with pytest.raises(OSError, match="can't be written .*No space left.* is intact"):
         make_model().save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -758,11 +758,10 @@ def test_odd_files_beside_the_weights_are_no_harm(tmp_path, chat_model, monkeypa
     (chat_model / "special_tokens_map.json").symlink_to(tmp_path / "nowhere")
     (chat_model / "added_tokens.json").write_bytes(b" " * 2**20)
     os.mkfifo(chat_model / "tiktoken.model")
-    edit(chat_model / "config.json", bos_token_id="x", eos_token_id=[1, None], pad_token_id=True)
     monkeypatch.setattr(checkpoint, "SIDE_BYTES", 2**19)
     model = DeepSeekV3.from_pretrained(chat_model)
-    odd = {"generation_config.json", "tokenizer.json", "config.json"}
-    assert model.source_files == {name: text for name, text in good.items() if name not in odd} | {"config.json": "{}"}
+    odd = {"generation_config.json", "tokenizer.json"}
+    assert model.source_files == {name: text for name, text in good.items() if name not in odd}
     model.source_files |= {"../outside": "x", "/outside": "x", "additional_chat_templates/../x.jinja": "x", "x.safetensors": "x"}
     model.save_pretrained(tmp_path / "b", get_tokenizer("bytes"))
     model.save_pretrained(tmp_path / "b")
@@ -803,9 +802,7 @@ def index(**changes):
     (index(lm_head__weight="/etc/passwd.safetensors"), "of its own folder"),
     (index(lm_head__weight="pytorch_model.bin"), "no safetensors file"),
     (index(lm_head__weight=7), "'7'"),
-    (index(lm_head__weight="model-9.safetensors"), "in model-9.safetensors, which doesn't hold it"),
     (lambda d: (d / "model-1.safetensors").unlink(), "has no model-1.safetensors, which holds"),
-    (index(lm_head__weight="model-2.safetensors", model__norm__weight="model-2.safetensors"), "doesn't hold it"),
     (lambda d: (d / "model.safetensors.index.json").write_text("[1]"), "is not a JSON object"),
     (lambda d: (d / "model.safetensors.index.json").write_text("{"), "is not a JSON object"),
     (lambda d: (d / "model.safetensors.index.json").write_bytes(b"\xff"), "is not a JSON object"),

@@ -67,11 +67,11 @@ def test_transformers_5_form_reads_the_same(tmp_path):
     ({"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "'full_attention'"),
     ({"rope_scaling": None, "rope_parameters": False}, "rope_parameters must be a JSON object, got False"),
     ({"rope_scaling": {"type": "yarn", "factor": None}}, "'factor'"),
-    ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 32}}, "got 32 and 1"),
-    ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_slow": 1e-308}}, "'beta_slow'"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 32}}, "0.001 < beta_slow <= beta_fast"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_slow": 1e-308}}, "0.001 < beta_slow"),
     ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale_all_dim": 1e308}}, "'mscale_all_dim'"),
     ({"rope_scaling": {"type": "yarn", "factor": 10**400}}, "'factor'"),
-    ({"rope_theta": 1}, "over 1 for YaRN"),
+    ({"rope_theta": 1}, "rope_theta must be over 1, got 1"),
     ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
     ({"hidden_act": "x" * 10**5}, "hidden_act='xxx"),
     ({"vocab_size": "x" * 10**5}, "vocab_size"),
@@ -248,8 +248,8 @@ def test_sizes_that_the_presets_promise():
 
 @pytest.mark.parametrize("names, build", [
     ("RMSNorm rotate yarn_mscale MLA", "MLA(config)(x, *angles)"),
-    ("MLP untraced_grouped_mm grouped_linear Experts Gate MoE", "MoE(config)(x)[0]"),
-    ("RMSNorm rotate yarn_mscale MLA MLP untraced_grouped_mm grouped_linear Experts Gate MoE Block MTP",
+    ("MLP compute_dtype untraced_grouped_mm grouped_linear Experts Gate MoE", "MoE(config)(x)[0]"),
+    ("RMSNorm rotate yarn_mscale MLA MLP compute_dtype untraced_grouped_mm grouped_linear Experts Gate MoE Block MTP",
      "MTP(config)(x, x, *angles)[0]")])
 def test_classes_can_be_copied_into_a_notebook(names, build, make_config):
     """Nothing but torch, the config and the few definitions named, which stand above the class in the file."""
