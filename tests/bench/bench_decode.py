@@ -8,7 +8,6 @@ Decoding speed beside transformers' DeepseekV3ForCausalLM with the same weights,
 Medians of repeated runs. The contestants take turns, so that a noisy machine disturbs all of them alike.
 """
 
-import argparse
 import copy
 import itertools
 import resource
@@ -30,7 +29,7 @@ BENCH = dict(vocab_size=512, hidden_size=256, num_hidden_layers=6, first_k_dense
              qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=32, num_experts_per_tok=4, n_group=1,
              topk_group=1, moe_intermediate_size=128, intermediate_size=704, num_nextn_predict_layers=0,
              max_position_embeddings=8192, initializer_range=0.02)
-REPEATS, STEPS = 7, 32
+REPEATS, STEPS, NEW_TOKENS = 7, 32, 200
 
 
 def transformers_model(model, implementation):
@@ -134,23 +133,23 @@ def compare(compile):
 
 def speculation(ckpt, compile):
     """Tokens per second of greedy and sampled text from a trained model, plain and speculative in turns."""
-    model, enc, *_, window = load(ckpt, "cpu")
-    prompt = torch.tensor([enc.encode_ordinary("import os\n\n\ndef ")])
+    run = load(ckpt, "cpu")
+    prompt = torch.tensor([run.encoding.encode_ordinary("import os\n\n\ndef ")])
     if compile:
-        compile_steps(model)
+        compile_steps(run.model)
     print(f"{'temperature':>11}{'plain tok/s':>13}{'speculative':>13}{'ratio':>7}{'accepted':>10}"
           f"{'tokens/forward':>16}{'ms/forward plain':>18}{'speculative':>13}")
     for temperature in (0.0, 0.8):
         rates = {True: [], False: []}
         for repeat in range(REPEATS + 1):
             for speculative in (False, True):
-                args = argparse.Namespace(max_new_tokens=200, temperature=temperature, top_k=None, top_p=None,
-                                          speculative=speculative)
                 stats, start = {}, time.perf_counter()
                 generator = torch.Generator().manual_seed(repeat)
-                n = sum(1 for _ in continuation(model, prompt, window, (), args, generator, stats))
+                for _ in continuation(run.model, prompt, NEW_TOKENS, run.window, (), temperature=temperature,
+                                      speculative=speculative, generator=generator, stats=stats):
+                    pass
                 if repeat:
-                    rates[speculative].append((n / (time.perf_counter() - start), stats))
+                    rates[speculative].append((NEW_TOKENS / (time.perf_counter() - start), stats))
         plain, fast = (statistics.median(rate for rate, _ in rates[s]) for s in (False, True))
         drafted, accepted, forwards = (sum(s[k] for _, s in rates[True])
                                        for k in ("drafted", "accepted", "forwards"))
