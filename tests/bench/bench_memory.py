@@ -119,10 +119,10 @@ def gpu_padding(self, x):
 
 
 def step_memory(config, batch, length, recompute=False):
-    """-> peak bytes of a training step, the optimizer's state included."""
+    """-> bytes at the peak of a training step, optimizer's state included, and what forward keeps for backward."""
     live = LiveBytes()
     with (mock.patch.object(DeepSeekV3, "check_tokens"),        # reads values, which fake tensors lack
-          mock.patch.object(MLA, "attention", gpu_attention, create=True),
+          mock.patch.object(MLA, "attention", gpu_attention),
           mock.patch.object(Experts, "padding", gpu_padding), FakeTensorMode(), live):
         model = DeepSeekV3(config)
         if recompute:
@@ -130,33 +130,35 @@ def step_memory(config, batch, length, recompute=False):
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
         idx = torch.zeros(batch, length, dtype=torch.int64)
         for _ in range(2):              # the first step makes the optimizer's state
-            live.peak = 0
+            before = live.peak = live.now
             with torch.autocast("cpu", torch.bfloat16):
                 total = model(idx, idx)[1]
+            kept = live.now - before
             total.backward()
             del total
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return live.peak
+    return live.peak, kept
 
 
-def largest_batch(config, length, card, recompute):
-    """The largest batch whose step fits: memory is all but linear in the batch."""
-    one, two = (step_memory(config, batch, length, recompute) for batch in (1, 2))
-    return max(0, 1 + int((card - RESERVE - one) // (two - one)))
+def largest_batches(config, length, cards, recompute):
+    """The largest batch whose step fits each card. From a batch of some size on, memory is linear in it."""
+    some, more = (step_memory(config, batch, length, recompute)[0] for batch in (16, 32))
+    return [16 + int((card * GiB - RESERVE - some) // ((more - some) / 16)) for card in cards]
 
 
 def step():
-    print("| training step, bf16 autocast, AdamW | peak | with --recompute |\n|---|---|---|")
-    sizes = [*PRESETS.items(), ("16b, 1 x 4096 tokens, one rank", (DeepSeekV3Config.preset("16b"), 1, 4096))]
-    for name, (config, batch, length) in sizes:
-        plain, recompute = (step_memory(config, batch, length, flag) / GiB for flag in (False, True))
-        print(f"| {name} | {plain:.1f} GiB | {recompute:.1f} GiB |", flush=True)
-    config = DeepSeekV3Config.preset("small")
+    print("| training step, bf16 autocast, AdamW | peak | kept for backward | with --recompute: peak | kept "
+          "|\n|---|---|---|---|---|")
+    sizes = [*PRESETS.items(), ("16b, 1 x 4096 tokens, unsharded", (DeepSeekV3Config.preset("16b"), 1, 4096))]
+    for name, size in sizes:
+        found = [f"{n / GiB:.1f} GiB" for flag in (False, True) for n in step_memory(*size, recompute=flag)]
+        print(f"| {name} | {' | '.join(found)} |", flush=True)
+    config, cards = DeepSeekV3Config.preset("small"), (24, 40, 80)
+    plain, recompute = (largest_batches(config, 1024, cards, flag) for flag in (False, True))
     print("\n| card | largest --batch_size of small, blocks of 1024 | with --recompute |\n|---|---|---|")
-    for card in (24, 40, 80):
-        plain, recompute = (largest_batch(config, 1024, card * GiB, flag) for flag in (False, True))
-        print(f"| {card} GB | {plain} | {recompute} |", flush=True)
+    for row in zip(cards, plain, recompute):
+        print("| {} GB | {} | {} |".format(*row))
 
 
 def main():
