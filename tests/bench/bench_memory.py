@@ -119,7 +119,7 @@ def gpu_padding(self, x):
 
 
 def step_memory(config, batch, length, recompute=False):
-    """-> bytes at the peak of a training step, optimizer's state included, and what forward keeps for backward."""
+    """-> peak bytes of a training step, with the optimizer's state; bytes that forward keeps for backward."""
     live = LiveBytes()
     with (mock.patch.object(DeepSeekV3, "check_tokens"),        # reads values, which fake tensors lack
           mock.patch.object(MLA, "attention", gpu_attention),
