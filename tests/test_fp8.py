@@ -1,8 +1,10 @@
+import contextlib
 import copy
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,17 +12,58 @@ import pytest
 import torch
 
 import fp8
-from fp8 import E4M3, FP8Experts, FP8Linear, FP8MLP, Quantized, convert_to_fp8
-from model import MLP, DeepSeekV3, Experts
+from fp8 import E4M3, FP8Experts, FP8Linear, FP8MLP, Quantized, convert_to_fp8, quantized_once
+from model import MLP, MTP, DeepSeekV3, Experts
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NO_GPU = fp8.kernels_missing(torch.device(DEVICE))      # why the kernels are interpreted, if they are
+# Kernels run for the GPU that is there, else in Triton's interpreter, with pointers (sm_89) and with TMA
+# (sm_90)
+CARDS = [(8, 9), (9, 0)] if DEVICE == "cpu" else [fp8.capability(torch.device(DEVICE))]
 needs_triton = pytest.mark.skipif(fp8.triton is None, reason="triton is not installed")
-needs_gpu = pytest.mark.skipif(fp8.kernels_missing(torch.device(DEVICE)) is not None, reason="no GPU with FP8 tensor cores")
+needs_gpu = pytest.mark.skipif(NO_GPU is not None, reason=f"no GPU with FP8 tensor cores: {NO_GPU}")
+
+# Largest relative errors of a tile of a product in fp32, and of a layer's results, against the emulation in
+# fp32. A difference in the last bit of a sum may round to the next FP8 number further on, hence the layers'
+# error.
+EXACT = dict(product=1e-6, layer=2e-3)
+# Within 128 products, tensor cores of sm_89 and sm_90 (and, as long as nobody has measured it, sm_120) keep
+# about 13 bits of the sum. Simulated (tensor_core), products are off by 1.3e-4, those of positive numbers by
+# 5e-4, and layers by up to 5.8e-3. A sum of 2048 products that never leaves the tensor core is off by 3e-2.
+THIRTEEN_BITS = dict(product=1e-3, layer=1.5e-2)
+TOLERANCE = dict(EXACT if DEVICE == "cpu" or CARDS[0][0] == 10 else THIRTEEN_BITS)
+
+
+def tensor_core(a, b):
+    """a (M, K) · b (K, N), both FP8, summed as on sm_89 and sm_90: 32 products at a time are aligned to the
+    largest among them and the running sum, and what is below 13 bits of mantissa is cut off."""
+    total = torch.zeros(a.size(0), 1, b.size(1), dtype=torch.float64)
+    for a_k, b_k in zip(a.double().split(32, 1), b.double().split(32, 0)):
+        terms = torch.cat([total, a_k[:, :, None] * b_k], 1)                        # (M, 33, N)
+        for _ in range(2):          # the terms, then their sum
+            unit = torch.exp2(terms.abs().amax(1, keepdim=True).clamp(min=1e-30).log2().floor() - 13)
+            terms = total = ((terms / unit).trunc() * unit).sum(1, keepdim=True)
+    return total[:, 0].float()
+
+
+@pytest.fixture
+def thirteen_bits(monkeypatch):
+    """Triton's interpreter multiplies like a tensor core of sm_90, and the tolerances are those of a card."""
+    from triton.runtime import interpreter
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        a, b = (torch.from_numpy(t.data.copy()).view(E4M3) for t in (a, b))
+        return interpreter.TensorHandle(tensor_core(a, b).numpy() + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    TOLERANCE.update(THIRTEEN_BITS)
+    yield
+    TOLERANCE.update(EXACT)
 
 
 def equal(a, b):
-    """Same Quantized, bit for bit; a NaN equals a NaN, and the sign of a zero doesn't matter."""
+    """Same Quantized, bit for bit; NaN equals NaN, and the sign of a zero does not matter."""
     same_q = (a.q.float() == b.q.float()) | a.q.float().isnan() & b.q.float().isnan()
     same_s = (a.s == b.s) | a.s.isnan() & b.s.isnan()
     return a.q.shape == b.q.shape and a.s.shape == b.s.shape and bool(same_q.all() and same_s.all())
@@ -31,7 +74,8 @@ def relative_error(a, b):
 
 
 def nasty(M, K):
-    """Ties between two FP8 numbers, subnormals, numbers that round up to 448, tiles of zeros, and tiny and huge tiles."""
+    """Ties between two FP8 numbers, subnormals, numbers that round up to 448, tiles of zeros, and tiny and
+    huge tiles."""
     x = torch.randn(M, K)
     ties = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
     ties = ties[ties.isfinite()].sort().values
@@ -53,7 +97,7 @@ def nasty(M, K):
     return x.to(DEVICE)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The specification
 
 def test_quantizers_round_to_the_nearest_fp8_number_and_scale_by_tiles():
@@ -103,16 +147,15 @@ def test_the_size_of_a_gradient_does_not_matter():
         assert torch.equal(big, small * 2.0**40)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The kernels against the specification: under Triton's interpreter, or on a GPU where there is one
 
-@pytest.fixture(params=[(8, 9), (9, 0)], ids=["sm_89", "sm_90"])
+@pytest.fixture(params=CARDS, ids=[f"sm_{major}{minor}" for major, minor in CARDS])
 def card(request, monkeypatch):
-    """Kernels as they are for either card: with pointers, or with TMA descriptors."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(fp8, "capability", lambda device: request.param)
-    elif fp8.capability(torch.device(DEVICE))[0] != request.param[0]:
-        pytest.skip("another kind of card")
+    """Launches kernels as for this card: with pointers, or with TMA descriptors."""
+    if DEVICE == "cuda" and NO_GPU:
+        pytest.skip(NO_GPU)
+    monkeypatch.setattr(fp8, "capability", lambda device: request.param)
 
 
 @needs_triton
@@ -146,10 +189,16 @@ def test_kernels_keep_nan_and_inf():
 @needs_triton
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("E, N, K", [(1, 128, 256), (3, 70, 200)])
-def test_weight_quantizer_equals_the_specification(E, N, K):
-    w = torch.stack([nasty(N, K) for _ in range(E)])
-    assert equal(fp8.quantize_triton(w, rows=True, block=True)[0], fp8.quantize_reference(w, 128))
-    assert equal(fp8.quantize_triton(w, cols=True, block=True)[1], fp8.quantize_reference(w.mT, 128))
+@pytest.mark.parametrize("pow2", [False, True])
+def test_weight_quantizer_equals_the_specification(monkeypatch, E, N, K, pow2):
+    w, v = (torch.stack([nasty(N, K) for _ in range(E)]) for _ in range(2))
+    assert equal(fp8.quantize_triton(w, rows=True, block=True, pow2=pow2)[0], fp8.quantize_reference(w, 128, pow2))
+    assert equal(fp8.quantize_triton(w, cols=True, block=True, pow2=pow2)[1], fp8.quantize_reference(w.mT, 128, pow2))
+    monkeypatch.setattr(fp8, "kernels_missing", lambda device: None)
+    for transposed in False, True:
+        stacked = fp8.quantize_weights([w, v], transposed, pow2)
+        for got, weight in zip(map(Quantized, *stacked), (w, v)):
+            assert equal(got, fp8.quantize_reference(weight.mT if transposed else weight, 128, pow2))
 
 
 def operands(M, K, rows, seed=0):
@@ -166,7 +215,8 @@ def check_tiles(got, want):
         for j in range(0, got.size(-1), 128):
             tile = ..., slice(i, i + 128), slice(j, j + 128)
             error = relative_error(got[tile], want[tile])
-            assert error < (1e-6 if want.dtype == torch.float32 else 5e-3), f"tile at {i}, {j} is off by {error}"
+            limit = TOLERANCE["product"] if want.dtype == torch.float32 else 5e-3
+            assert error < limit, f"tile at {i}, {j} of {tuple(got.shape)} is off by {error}"
 
 
 @needs_triton
@@ -182,7 +232,7 @@ def test_gemm_equals_the_specification(M, N, K, dtype):
 @needs_triton
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("N, K", [(128, 128), (200, 130)])
-def test_grouped_gemm_equals_the_specification_with_empty_experts(N, K):
+def test_grouped_gemm_equals_the_specification_with_empty_experts(monkeypatch, N, K):
     ends = torch.tensor([0, 128, 128, 384, 384], dtype=torch.int32, device=DEVICE)
     a = fp8.quantize_triton(operands(384, K, 1), rows=True)[0]
     b = fp8.quantize_triton(torch.stack([operands(N, K, 128, e) for e in range(5)]), rows=True, block=True)[0]
@@ -193,6 +243,11 @@ def test_grouped_gemm_equals_the_specification_with_empty_experts(N, K):
         got = gemm(longer, b, torch.float32, ends)
         check_tiles(got[:384], want)
         assert len(got) == 640 and not got[384:].any()
+    monkeypatch.setattr(fp8, "kernels_missing", lambda device: None)
+    two = fp8.quantize_weights([torch.stack([operands(N, K, 128, e + i) for e in range(5)]) for i in (0, 5)])
+    got = fp8.gemm_triton(a, two, torch.float32, ends)      # two products in one
+    check_tiles(got[0], want)
+    check_tiles(got[1], fp8.gemm_reference(a, Quantized(two.q[1], two.s[1]), torch.float32, ends))
 
 
 @needs_triton
@@ -251,32 +306,61 @@ def test_large_products_on_the_gpu(M, N, K):
 
 
 @needs_triton
+@pytest.mark.skipif(DEVICE == "cuda", reason="simulates in the interpreter what a GPU does")
+def test_a_sound_card_is_within_the_tolerances(make_config, monkeypatch, thirteen_bits):
+    monkeypatch.setattr(fp8, "capability", lambda device: (9, 0))
+    test_gemm_equals_the_specification(300, 200, 390, torch.float32)
+    test_grouped_gemm_equals_the_specification_with_empty_experts(monkeypatch, 200, 130)
+    test_wgrad_equals_the_specification(200, 130, 300)
+    test_long_sums_leave_the_tensor_core_every_128_products()
+    test_layers_through_the_kernels_equal_the_emulation(make_config, monkeypatch, "mlp", False)
+    with pytest.raises(AssertionError, match="is off by"):      # they were not lenient to the exact interpreter only
+        TOLERANCE.update(EXACT)
+        test_gemm_equals_the_specification(300, 200, 390, torch.float32)
+
+
+@needs_triton
+@pytest.mark.usefixtures("card")
+def test_long_sums_leave_the_tensor_core_every_128_products():
+    """Positive numbers, so that a truncated sum drifts: one that stays in the tensor core is out of
+    tolerance."""
+    a, b = (torch.rand(rows, 2048, device=DEVICE).to(E4M3) for rows in (64, 128))
+    ones = torch.ones(128, 16, device=DEVICE)
+    want = (a.double() @ b.double().T).float()
+    check_tiles(fp8.gemm_triton(Quantized(a, ones[:64]), Quantized(b[None], ones[None, :1]), torch.float32), want)
+    check_tiles(fp8.wgrad_triton(Quantized(a, ones[:64]), Quantized(b, ones))[0], want)
+    unpromoted = tensor_core(a.cpu(), b.T.cpu())
+    assert relative_error(unpromoted, want.cpu()) > 10 * THIRTEEN_BITS["product"]
+
+
+COMPILE = """
+import json, sys, bench_fp8
+for row in bench_fp8.compile_all(int(sys.argv[1]), sample=True):
+    print(json.dumps(row))
+"""
+
+
+@needs_triton
 def test_kernels_compile_to_fp8_tensor_cores_without_spills(tmp_path):
-    """For sm_89 (mma), sm_90 (wgmma) and sm_100 (tcgen05), ahead of time and without a GPU. -s prints the registers."""
+    """A sample of what the launchers ask for, ahead of time and without a GPU, for sm_89 and sm_120 (mma),
+    sm_90 (wgmma) and sm_100 (tcgen05); tests/bench/bench_fp8.py --sweep compiles all of it. -s prints the
+    registers."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    code = "import json, sys, bench_fp8; print(json.dumps(bench_fp8.compile_kernels([int(sys.argv[1])])))"
-    processes = [subprocess.Popen([sys.executable, "-c", code, card], cwd=ROOT / "tests/bench", env=env, text=True,
-                                  stdout=subprocess.PIPE) for card in ("89", "90", "100")]
-    rows = [row for process in processes for row in json.loads(process.communicate()[0])]
-    assert len(rows) == 30
+    processes = [subprocess.Popen([sys.executable, "-c", COMPILE, card], cwd=ROOT / "tests/bench", env=env, text=True,
+                                  stdout=subprocess.PIPE) for card in ("89", "90", "100", "120")]
+    rows = [json.loads(line) for process in processes for line in process.communicate()[0].splitlines()]
+    assert {row["capability"] for row in rows} == {89, 90, 100, 120} and len(rows) >= 4 * 6
     for row in rows:
         print(row)
-        assert row["spills"] == row["stack"] == row["half_mma"] == 0, row
-        transposes = row["kernel"] in ("quantize both ways", "requantize 128x1", "transpose 128x128")
-        assert row["fp8_in_shared"] == 64 * transposes, row
-        if row["kernel"].startswith(("gemm", "wgrad")):
-            assert row["fp8_mma"] > 0 and row["ptx_fp8_mma"] > 0 and row["registers"] <= 255, row
-            assert (row["tma_loads"] > 0) == (row["capability"] >= 90), row
-            assert row["shared"] <= {89: 99, 90: 227, 100: 227}[row["capability"]] * 1024, row
-        elif row["kernel"] != "swiglu backward":
-            assert row["direct_casts"] > 0 or row["capability"] == 89, row     # there by way of fp16: see to_e4m3
+        assert not row["faults"], row
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Layers
 
 def test_gradients_of_a_linear_layer_have_the_errors_of_the_format():
-    """Rounding to 3 bits of mantissa leaves 2.6% (root mean square) on each operand; Wgrad's x has been rounded twice."""
+    """Rounding to 3 bits of mantissa leaves 2.6% (root mean square) on each operand; Wgrad's x has been
+    rounded twice."""
     torch.manual_seed(1)
     linear = FP8Linear(700, 500, bias=False).to(DEVICE)
     x, dy = torch.randn(6, 100, 700, device=DEVICE, requires_grad=True), torch.randn(6, 100, 500, device=DEVICE)
@@ -288,9 +372,10 @@ def test_gradients_of_a_linear_layer_have_the_errors_of_the_format():
 
 
 def mean_error_of_products(x, pow2):
-    """Of y, dx, dW, relative, where all numbers have one sign, so that no rounding error can hide behind another."""
+    """Of y, dx, dW, relative, where all numbers have one sign, so that no rounding error can hide behind
+    another."""
     linear = FP8Linear(256, 192, bias=False)
-    linear.weight.data, linear.pow2 = torch.rand(192, 256) + 0.5, pow2
+    linear.weight.data, linear.pow2_x = torch.rand(192, 256) + 0.5, pow2
     dy = torch.rand(512, 192) + 0.5
     x.requires_grad_()
     y = linear(x)
@@ -303,9 +388,9 @@ def test_products_are_unbiased():
     """Averaged over many rounding errors nothing is left: nothing is truncated anywhere."""
     assert max(mean_error_of_products(torch.rand(512, 256) + 0.5, pow2=True)) < 5e-4
     assert max(mean_error_of_products(torch.rand(512, 256) + 0.5, pow2=False)[:2]) < 5e-4
-    # Wgrad quantizes x a second time. Where all tiles have nearly the same largest number, its new scale is a little
-    # larger than the old ones and the FP8 numbers stay: a bias of half a percent. It averages out once tiles differ,
-    # and powers of two have none.
+    # Wgrad quantizes x a second time. Where all tiles have nearly the same largest number, its new scale is a
+    # little larger than the old ones and the FP8 numbers stay: a bias of half a percent. It averages out once
+    # tiles differ, and powers of two have none.
     assert mean_error_of_products(torch.rand(512, 256) + 0.5, pow2=False)[2] < 8e-3
     assert mean_error_of_products(torch.randn(512, 256).exp(), pow2=False)[2] < 1e-3
 
@@ -326,7 +411,13 @@ def test_linear_keeps_dtype_bias_and_device_rules():
 def test_the_activation_is_saved_in_fp8():
     linear = FP8Linear(256, 128, bias=False)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+
+    def pack(t):
+        if not isinstance(t, torch.nn.Parameter):
+            saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         linear(torch.randn(1024, 256, requires_grad=True))
         assert {t.dtype for t in saved if t.numel() >= 1024 * 256} == {E4M3}
         saved.clear()
@@ -375,11 +466,12 @@ def test_experts_with_few_and_no_rows(make_config, experts):
 
 @needs_triton
 @pytest.mark.usefixtures("card")
-@pytest.mark.parametrize("kind", ["linear", "mlp", "experts"])
-def test_layers_through_the_kernels_equal_the_emulation(make_config, monkeypatch, kind):
+@pytest.mark.parametrize("kind, pow2", [("linear", False), ("mlp", False), ("mlp", True), ("experts", False)])
+def test_layers_through_the_kernels_equal_the_emulation(make_config, monkeypatch, kind, pow2):
     config = make_config(n_routed_experts=5, num_experts_per_tok=2, n_group=1, topk_group=1, hidden_size=136)
     layer = {"linear": lambda: FP8Linear(136, 200), "mlp": lambda: FP8MLP(136, 48), "experts": lambda: FP8Experts(config)}
     layer = layer[kind]().to(DEVICE)
+    layer.pow2 = layer.pow2_x = pow2
     x = operands(150, 136, 1).requires_grad_()
     routing = torch.rand(150, 2, device=DEVICE), torch.tensor([[0, 3], [3, 4], [4, 3]], device=DEVICE).repeat(50, 1)
     results = []
@@ -389,8 +481,8 @@ def test_layers_through_the_kernels_equal_the_emulation(make_config, monkeypatch
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
     for kernels, emulation in zip(*results):
         assert emulation.any()
-        # a sum that differs in its last bit may round to the next FP8 number further on
-        assert relative_error(kernels, emulation) < 2e-3
+        error = relative_error(kernels, emulation)
+        assert error < TOLERANCE["layer"], f"{tuple(kernels.shape)} is off by {error}"
 
 
 def test_converts_the_right_layers_and_changes_no_name(make_model):
@@ -406,8 +498,130 @@ def test_converts_the_right_layers_and_changes_no_name(make_model):
             assert kinds[f"model.layers.{i}.self_attn.{name}"] == "FP8Linear"
         assert kinds[f"model.layers.{i}.mlp" + (".experts" if i else "")] == ("FP8Experts" if i else "FP8MLP")
     assert kinds["model.layers.3.eh_proj"] == "FP8Linear" and kinds["model.layers.2.mlp.gate"] == "Gate"
-    assert [name for name, m in model.named_modules() if getattr(m, "pow2", False)] == [
+    assert [name for name, m in model.named_modules() if getattr(m, "pow2_x", False)] == [
         f"model.layers.{i}.self_attn.o_proj" for i in range(4)]
+
+
+@pytest.mark.filterwarnings("ignore:FP8 is emulated")
+def test_pow2_makes_every_scale_a_power_of_two(make_model, monkeypatch):
+    scales, tile_scale = [], fp8.tile_scale
+
+    def spy(amax, pow2=False):
+        scales.append(tile_scale(amax, pow2))
+        return scales[-1]
+
+    monkeypatch.setattr(fp8, "tile_scale", spy)
+    idx = torch.randint(61, (2, 17))
+    found = []
+    for pow2 in False, True:
+        scales.clear()
+        convert_to_fp8(make_model().train(), pow2)(idx[:, :-1], idx[:, 1:])[1].backward()
+        found.append([bool((s.log2() == s.log2().round()).all()) for s in scales])
+    assert len(found[0]) == len(found[1]) > 200 and all(found[1])
+    assert sum(found[0]) < 0.1 * len(found[0])
+
+
+@pytest.fixture
+def fp8_model(make_config):
+    model = DeepSeekV3(make_config(num_hidden_layers=2, n_routed_experts=4, n_group=1, topk_group=1))
+    with pytest.warns(UserWarning, match="emulated") if NO_GPU else contextlib.nullcontext():
+        return convert_to_fp8(model.to(DEVICE))
+
+
+def loss_and_gradients(model, function=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    idx = torch.randint(61, (2, 17), generator=generator).to(DEVICE)
+    model.zero_grad()
+    loss = (model if function is None else function)(idx[:, :-1], idx[:, 1:])[1]
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_torch_compile_sees_one_graph_without_a_break(fp8_model, backend):
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    want = loss_and_gradients(fp8_model)
+    compiled = torch.compile(fp8_model, backend=backend)
+    for _ in range(2):
+        got = loss_and_gradients(fp8_model, compiled)
+    counters = torch._dynamo.utils.counters
+    torch.compiler.reset()
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
+    for a, b in zip(got, want):
+        assert relative_error(a, b) < 0.02
+
+
+def test_operations_return_what_torch_compile_expects_of_them(make_config):
+    """Shapes, dtypes and strides of the fake results equal the real ones, for sizes that are no multiples of
+    128."""
+    x, place = torch.randn(9, 200, device=DEVICE), torch.tensor([0, 128, 1, 129, 2, 130], device=DEVICE)
+    stack = [torch.randn(3, *shape, device=DEVICE) for shape in [(70, 200), (70, 200), (200, 70)]]
+    ends = torch.tensor([128, 128, 256], device=DEVICE, dtype=torch.int32)
+    dtype = torch.bfloat16
+    for weights, rows in ([w[0] for w in stack], (None, 9, None)), (stack, (place, 256, ends)):
+        inputs = x if rows[0] is None else x[:3]
+        y, *saved = fp8.mlp(inputs, weights, [], *rows, False, dtype)
+        check = torch.library.opcheck
+        check(fp8.mlp, (inputs, weights, [], *rows, False, dtype), test_utils="test_faketensor")
+        check(fp8.mlp_backward, (y, weights, saved, rows[0], rows[2], False, torch.float32), test_utils="test_faketensor")
+    y, *saved = fp8.linear(x, weights[0][0], None, True, False, dtype)
+    check(fp8.linear, (x, weights[0][0], None, True, False, dtype), test_utils="test_faketensor")
+    check(fp8.linear_backward, (y, weights[0][0], *saved, True, False, dtype), test_utils="test_faketensor")
+
+
+def test_a_weight_is_quantized_once_per_step_and_again_after_an_update(fp8_model, monkeypatch):
+    count = []
+    quantize = fp8.quantize_weights_uncached
+    monkeypatch.setattr(fp8, "quantize_weights_uncached", lambda *args: count.append(args) or quantize(*args))
+    want = loss_and_gradients(fp8_model)
+    per_use = len(count)
+    count.clear()
+    with quantized_once(fp8_model):
+        for _ in range(3):      # micro-batches
+            assert all(map(torch.equal, loss_and_gradients(fp8_model), want))
+        assert len(count) == per_use
+        torch.optim.SGD(fp8_model.parameters(), lr=0.1).step()
+        updated = loss_and_gradients(fp8_model)
+        assert len(count) == 2 * per_use and not torch.equal(updated[0], want[0])
+    count.clear()
+    assert all(map(torch.equal, loss_and_gradients(fp8_model), updated)) and len(count) == per_use
+    assert not any(hasattr(p, "fp8_cache") for p in fp8_model.parameters())
+
+
+def test_recomputation_leaves_loss_and_gradients_equal(fp8_model):
+    want = loss_and_gradients(fp8_model)
+    for block in fp8_model.model.layers:
+        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+    assert all(map(torch.equal, loss_and_gradients(fp8_model), want))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="one process of gloo")
+def test_fsdp_weights_are_never_stale(fp8_model):
+    """fully_shard gathers weights into the same tensors at every step, and hides that from their version
+    counters."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        whole, sharded = fp8_model, copy.deepcopy(fp8_model)
+        for block in sharded.model.layers:
+            if isinstance(block, MTP):
+                fully_shard(block.shared_head.norm)     # it runs after the block
+            fully_shard(block)
+        fully_shard(sharded)
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (whole, sharded)]
+        for step in range(2):
+            want = loss_and_gradients(whole, seed=step)
+            with quantized_once(sharded):
+                for _ in range(2):
+                    got = loss_and_gradients(sharded, seed=step)
+                    for a, b in zip(got, want):
+                        torch.testing.assert_close(getattr(a, "full_tensor", lambda: a)(), b)
+            for optimizer in optimizers:
+                optimizer.step()
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:FP8 is emulated")
@@ -433,7 +647,7 @@ def test_the_whole_model_learns_alike(make_config, bf16):
 
 
 def test_an_unfit_device_is_named():
-    assert "no NVIDIA GPU" in fp8.kernels_missing(torch.device("cpu"))
+    assert "not an NVIDIA GPU" in fp8.kernels_missing(torch.device("cpu"))
     on_a_mac = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("mps"))]))
     with pytest.raises(ValueError, match="mps"):
         convert_to_fp8(on_a_mac)

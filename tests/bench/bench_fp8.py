@@ -4,9 +4,11 @@ How fast the FP8 kernels are. On a GPU of sm_89 or later, everything side by sid
     python tests/bench/bench_fp8.py
 
 Without one, nothing is run: prints what the kernels compile to (registers, shared memory, spills, tensor-core
-instructions) and the roofline time of a product, which is a bound and no measurement.
+instructions), one of each kind for each card, or with --sweep all that the launchers in fp8.py can ask for, and the
+roofline time of a product, which is a bound and not a measurement.
 """
 
+import argparse
 import dataclasses
 import itertools
 import os
@@ -15,7 +17,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 
@@ -25,54 +30,78 @@ import fp8  # noqa: E402
 from model import DeepSeekV3, DeepSeekV3Config  # noqa: E402
 
 # (M tokens, N outputs, K inputs) of the 671B and the 16B model
-DENSE = {"671b q_b_proj": (4096, 24576, 1536), "671b o_proj": (4096, 7168, 16384), "671b expert": (4096, 4096, 7168),
-         "671b down_proj": (4096, 7168, 2048), "16b q_proj": (8192, 3072, 2048), "16b dense MLP": (8192, 11264, 2048)}
-GROUPED = {"671b, 8 experts": (8, 8192, 2048, 7168), "16b, 64 experts": (64, 49152, 1408, 2048)}   # E, tokens, N, K
-# FP8 FLOP/s with fp32 accumulation, without sparsity, and memory bytes/s of a card of each kind, from data sheets
+DENSE = {"671b q_b_proj": (4096, 24576, 1536), "671b o_proj": (4096, 7168, 16384),
+         "671b expert": (4096, 4096, 7168), "671b down_proj": (4096, 7168, 2048),
+         "16b q_proj": (8192, 3072, 2048), "16b dense MLP": (8192, 11264, 2048)}
+# (E experts, M tokens, N outputs, K inputs)
+GROUPED = {"671b, 8 experts": (8, 8192, 2048, 7168), "16b, 64 experts": (64, 49152, 1408, 2048)}
+# FP8 FLOP/s with fp32 accumulation, without sparsity, and memory bytes/s of a card of each kind, from data
+# sheets
 CARDS = {89: ("L40S", 733e12, 0.864e12), 90: ("H100 SXM", 1979e12, 3.35e12), 100: ("B200", 4500e12, 8e12),
          120: ("RTX PRO 6000 Blackwell", 1000e12, 1.79e12)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Without a GPU
 
-def kernel_variants(capability):
-    """{name: (kernel, signature, constants, options)} as the launchers in fp8.py use them."""
-    options = fp8.launch_options(capability // 10)
-    tile = {arg: options.pop(arg) for arg in ("ROWS", "TMA")}
-    a, b = (f"tensordesc<fp8e4nv[{rows}, 128]>" if tile["TMA"] else "*fp8e4nv" for rows in (tile["ROWS"], 128))
-    operands = dict(a=a, s_a="*fp32", stride_a="i32", b=b, s_b="*fp32", stride_b="i32")
-    gemm = dict(**operands, c="*bf16", stride_c="i32", ends="*i32", E="i32", M="i32", N="i32", KB="i32")
-    wgrad = dict(**operands, c="*fp32", stride_c="i32", ends="*i32", N="i32", K="i32", M="i32")
-    quantize = dict(x="*bf16", x_s="*fp32", q="*fp8e4nv", s="*fp32", qt="*fp8e4nv", st="*fp32", M="i32", K="i32",
-                    stride="i32")
-    flags = dict(ROWS=False, COLS=False, BLOCK=False, POW2=False, SM89=capability == 89)
-    products = {
-        "gemm": (fp8.gemm_kernel, gemm, dict(ends=None, EXPERTS=1)),
-        "gemm, grouped": (fp8.gemm_kernel, gemm, dict(EXPERTS=64)),
-        "wgrad": (fp8.wgrad_kernel, wgrad, dict(ends=None)),
-        "wgrad, grouped": (fp8.wgrad_kernel, wgrad, {})}
-    quantizers = {
-        "quantize 1x128": (fp8.quantize_kernel, quantize, flags | dict(x_s=None, qt=None, st=None, ROWS=True)),
-        "quantize both ways": (fp8.quantize_kernel, quantize, flags | dict(x_s=None, ROWS=True, COLS=True)),
-        "requantize 128x1": (fp8.quantize_kernel, quantize | dict(x="*fp8e4nv"),
-                             flags | dict(q=None, s=None, COLS=True, POW2=True)),
-        "quantize 128x128": (fp8.quantize_kernel, quantize | dict(x="*fp32"),
-                             flags | dict(x_s=None, qt=None, st=None, ROWS=True, BLOCK=True)),
-        "transpose 128x128": (fp8.quantize_kernel, quantize | dict(x="*fp32"),
-                              flags | dict(x_s=None, q=None, s=None, COLS=True, BLOCK=True))}
-    swiglu = dict(g="*fp8e4nv", s_g="*fp32", stride_g="i32", u="*fp8e4nv", s_u="*fp32", stride_u="i32", dh="*bf16", h="*bf16",
-                  dg="*bf16", du="*bf16", M="i32", K="i32")
-    return ({name: (kernel, signature, constants | tile, options)
-             for name, (kernel, signature, constants) in products.items()}
-            | {name: (*variant, dict(num_warps=8)) for name, variant in quantizers.items()}
-            | {"swiglu backward": (fp8.swiglu_backward_kernel, swiglu, dict(ROWS=16), dict(num_warps=4))})
+def launches(card=None):
+    """[(family, description, function that launches one kernel)]: every specialization that the launchers in
+    fp8.py can ask Triton for. Sizes differ in whether they are multiples of 16 or 1; 128x128 tiles of the
+    last are ragged. With a card (89, ...), one of each family, a different one for each card."""
+    dtypes, pow2s = (torch.bfloat16, torch.float32), (False, True)
+    sizes, lengths = (256, 200), (256, 200, 201, 1)         # of channels, of tokens
+
+    def matrix(M, K):
+        return fp8.quantize_reference(torch.ones(M, K))
+
+    def quantizers(cols, rows):
+        for dtype, pow2, M, K in itertools.product(dtypes, pow2s, lengths, sizes):
+            x = torch.ones(M, K, dtype=dtype)
+            yield partial(fp8.quantize_triton, x, rows=rows, cols=cols, pow2=pow2), (dtype, pow2, M, K)
+
+    def requantizers():
+        for pow2, M, K in itertools.product(pow2s, lengths, sizes):
+            yield partial(fp8.quantize_triton, *matrix(M, K), cols=True, pow2=pow2), (pow2, M, K)
+
+    def weights(cols):
+        for dtype, pow2, E, N, K in itertools.product(dtypes, pow2s, (1, 3), sizes, sizes):
+            w = torch.ones(E, N, K, dtype=dtype)
+            yield (partial(fp8.quantize_triton, w, rows=not cols, cols=cols, block=True, pow2=pow2),
+                   (dtype, pow2, E, N, K))
+
+    ends = torch.tensor([128, 128, 256], dtype=torch.int32)
+
+    def gemms(experts, lengths):
+        for dtype, E, J, M, N, K in itertools.product(dtypes, experts, (1, 2), lengths, sizes, sizes):
+            b = fp8.quantize_reference(torch.ones(J, max(E, 1), N, K), 128)
+            b = fp8.Quantized(b.q[0], b.s[0]) if J == 1 else b
+            yield partial(fp8.gemm_triton, matrix(M, K), b, dtype, ends[:E] if E else None), (dtype, J, E, M, N, K)
+
+    def wgrads(experts, lengths):
+        for E, M, N, K in itertools.product(experts, lengths, sizes, sizes):
+            yield partial(fp8.wgrad_triton, matrix(N, M), matrix(K, M), ends[:E] if E else None), (E, M, N, K)
+
+    def swiglus():
+        for dtype, M, K in itertools.product(dtypes, lengths, sizes):
+            yield partial(fp8.swiglu_backward_triton, matrix(M, K), matrix(M, K), torch.ones(M, K, dtype=dtype)), (
+                dtype, M, K)
+
+    families = {
+        "quantize 1x128": quantizers(False, True), "quantize both ways": quantizers(True, True),
+        "quantize 128x1": quantizers(True, False), "requantize 128x1": requantizers(),
+        "quantize 128x128": weights(False), "transpose 128x128": weights(True), "gemm": gemms([0], lengths),
+        "gemm, grouped": gemms([3, 1], [256]), "wgrad": wgrads([0], lengths), "wgrad, grouped": wgrads([3, 1], [256]),
+        "swiglu backward": swiglus()}
+    for family, members in families.items():
+        members = list(members)
+        for function, sizes_of in members if card is None else members[card % len(members):][:1]:
+            yield family, " ".join(str(size).removeprefix("torch.") for size in sizes_of), function
 
 
 def numbers_in_shared(sass):
-    """How many of the FP8 numbers that a thread makes get to shared memory, where a transpose passes: follows the bytes of
-    registers from the conversions to the stores. All of 64 should (128x128 of 256 threads); ptxas 12.8 was seen to store
-    other registers instead (see quantize_kernel)."""
+    """How many of the FP8 numbers that a thread makes get to shared memory, where a transpose passes: follows
+    the bytes of registers from the conversions to the stores. All of 64 should (128x128 of 256 threads);
+    ptxas 12.8 was seen to store other registers instead (see quantize_kernel)."""
     registers, numbers, stored = {}, itertools.count(), set()
 
     def content(register):      # what its four bytes hold: a number's name, or None for anything else
@@ -99,52 +128,85 @@ def numbers_in_shared(sass):
     return len(stored - {None})
 
 
-def compile_kernels(capabilities):
-    """Ahead of time, without a driver -> a list of dicts, one per kernel and capability. TRITON_INTERPRET must be unset."""
-    import triton
+def compiled(capability, launch):
+    """What launch() would run on a GPU: Triton's compiled kernels, by a driver that only pretends to have
+    one."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+    # Triton keeps what it compiled by the number of the device: each card has its own
+    pretended = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", capability, 32),
+                                get_current_device=lambda: capability, get_current_stream=lambda device: 0)
+    kernels, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    driver.set_active(pretended)
+    with patch.object(JITFunction, "run", compile_only), patch.object(fp8, "capability",
+                                                                      lambda device: divmod(capability, 10)):
+        launch()
+    return kernels
+
+
+def inspect(capability, family, description, kernel):
+    """What a kernel was compiled to, and what is wrong with it, as a dict."""
+    import triton
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
 
     def disassemble(tool, *args):
         return subprocess.run([tools / tool, *args], capture_output=True, text=True, check=True).stdout
 
-    rows = []
-    for capability in capabilities:
-        for name, (kernel, signature, constants, options) in kernel_variants(capability).items():
-            signature = {arg: "constexpr" if arg in constants else signature[arg] for arg in kernel.arg_names}
-            aligned = [i for i, arg in enumerate(kernel.arg_names) if signature[arg][0] == "*" or arg in (
-                "M", "N", "K") or arg.startswith("stride")]     # what the launcher finds out by itself
-            source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()},
-                               {(i,): [["tt.divisibility", 16]] for i in aligned if signature[kernel.arg_names[i]] !=
-                                "constexpr"})
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-                cubin.write(compiled.asm["cubin"])
-                cubin.flush()
-                usage = re.search(r"REG:(\d+) STACK:(\d+)", disassemble("cuobjdump", "-res-usage", cubin.name))
-                sass = disassemble("nvdisasm", "-c", cubin.name)
-            count = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("QGMMA", "QMMA", "UTCQMMA", "HMMA", "HGMMA",
-                                                                       "STL", "LDL", "UTMALDG")}
-            ptx = compiled.asm["ptx"]
-            rows.append(dict(
-                capability=capability, kernel=name, warps=options["num_warps"], registers=int(usage[1]), stack=int(usage[2]),
-                shared=compiled.metadata.shared, spills=count["STL"] + count["LDL"], tma_loads=count["UTMALDG"],
-                fp8_mma=count["QGMMA"] + count["QMMA"] + count["UTCQMMA"], half_mma=count["HMMA"] + count["HGMMA"],
-                ptx_fp8_mma=len(re.findall(r"wgmma\.mma_async.*e4m3\.e4m3|mma\.sync.*e4m3\.e4m3|tcgen05\.mma.*kind::f8f6f4",
-                                           ptx)),
-                fp8_in_shared=numbers_in_shared(sass),
-                direct_casts=len(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32", ptx))))
-    return rows
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", disassemble("cuobjdump", "-res-usage", cubin.name)).groups()
+        sass = disassemble("nvdisasm", "-c", cubin.name)
+    ptx = kernel.asm["ptx"]
+
+    def count(pattern, text=sass):
+        return len(re.findall(pattern, text))
+
+    row = dict(capability=capability, kernel=family, sizes=description, warps=kernel.metadata.num_warps,
+               registers=int(registers), stack=int(stack), shared=kernel.metadata.shared, spills=count(r"\b(STL|LDL)\b"),
+               tma_loads=count(r"\bUTMALDG\b"), fp8_mma=count(r"\b(QGMMA|QMMA|UTCQMMA)\b"),
+               half_mma=count(r"\b(HMMA|HGMMA)\b"), fp8_in_shared=numbers_in_shared(sass),
+               direct_casts=count(r"cvt\.rn\.satfinite\.e4m3x2\.f32", ptx))
+    product = family.startswith(("gemm", "wgrad"))
+    faults = dict(
+        spills=row["stack"] or row["spills"],
+        shared_memory=row["shared"] > {89: 99, 90: 227, 100: 227, 120: 99}[capability] * 1024,
+        no_fp8_tensor_cores=product and not (row["fp8_mma"] and count(
+            r"wgmma\.mma_async.*e4m3\.e4m3|mma\.sync.*e4m3\.e4m3|tcgen05\.mma.*kind::f8f6f4", ptx)),
+        half_precision=row["half_mma"], tma=product and (row["tma_loads"] > 0) != (capability >= 90),
+        # on sm_89 by way of fp16: see to_e4m3
+        indirect_casts="quantize" in family and capability != 89 and not row["direct_casts"],
+        wrong_registers=row["fp8_in_shared"] != 64 * (family in TRANSPOSES))
+    return row | dict(faults=[name for name, found in faults.items() if found])
 
 
-def print_compiled():
+TRANSPOSES = ("quantize both ways", "quantize 128x1", "requantize 128x1", "transpose 128x128")
+
+
+def compile_all(capability, sample):
+    """The rows of `inspect` for each kernel that launches() compiles, each kernel once."""
+    seen = set()
+    for family, description, launch in launches(capability if sample else None):
+        for kernel in compiled(capability, launch):
+            if kernel.hash not in seen:
+                seen.add(kernel.hash)
+                yield inspect(capability, family, description, kernel)
+
+
+def print_compiled(sweep):
     print("No GPU with FP8 tensor cores here: nothing was run. Compiled ahead of time by Triton:\n")
-    print("| sm | kernel | warps | registers | spills | shared memory | FP8 MMA instructions | TMA loads |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in compile_kernels(CARDS):
-        print(f"| {row['capability']} | {row['kernel']} | {row['warps']} | {row['registers']} | {row['spills']} | "
-              f"{row['shared'] / 1024:.0f} KB | {row['fp8_mma']} | {row['tma_loads']} |")
+    print("| sm | kernel | sizes | warps | registers | spills | shared memory | FP8 MMA | TMA loads | faults |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for capability in CARDS:
+        for row in compile_all(capability, not sweep):
+            print(f"| {row['capability']} | {row['kernel']} | {row['sizes']} | {row['warps']} | {row['registers']} | "
+                  f"{row['spills']} | {row['shared'] / 1024:.0f} KB | {row['fp8_mma']} | {row['tma_loads']} | "
+                  f"{', '.join(row['faults']) or 'none'} |", flush=True)
     print("\nRoofline, a bound and no measurement: the larger of FLOPs / peak and bytes / bandwidth, in microseconds\n")
     print("| product | M, N, K | " + " | ".join(f"{name} (sm_{sm})" for sm, (name, _, _) in CARDS.items()) + " |")
     print("|---|---|" + "---|" * len(CARDS))
@@ -154,7 +216,7 @@ def print_compiled():
         print(f"| {name} | {M}, {N}, {K} | " + " | ".join(f"{1e6 * t:.0f}" for t in bounds) + " |")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # On a GPU
 
 def times(functions, repeats=20):
@@ -255,12 +317,14 @@ def bench_step():
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="without a GPU: every specialization, not one of each kind")
     if not torch.cuda.is_available() or fp8.kernels_missing(torch.device("cuda")):
         if fp8.triton is None:
             sys.exit("bench_fp8.py: " + fp8.kernels_missing(torch.device("cpu")))
         if os.environ.get("TRITON_INTERPRET"):
             sys.exit("bench_fp8.py: unset TRITON_INTERPRET, under which nothing is compiled")
-        print_compiled()
+        print_compiled(parser.parse_args().sweep)
     else:
         print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {fp8.triton.__version__}")
         bench_dense()

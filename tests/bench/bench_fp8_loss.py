@@ -1,17 +1,19 @@
 """
-What FP8 does to the loss: training runs in BF16 and FP8 from the same seed over the same data, on a CPU by emulation.
+What FP8 does to the loss: training runs in BF16 and FP8 from the same seed over the same data, on a CPU by
+emulation.
 
-    python tests/bench/bench_fp8_loss.py --out_dir out-fp8            # some two hours on two cores; goes on where it stopped
-    python tests/bench/bench_fp8_loss.py --log tests/results/fp8_loss.jsonl --plot fp8_loss.png       # of the results kept there
+    python tests/bench/bench_fp8_loss.py --out_dir out-fp8      # about two hours on two cores; resumes if stopped
+    python tests/bench/bench_fp8_loss.py --log tests/results/fp8_loss.jsonl --plot fp8_loss.png     # earlier results
 
-Five arithmetics, three seeds each, 1000 steps of a model of 0.9M active parameters (the tiny preset with a layer and eight
-experts more) with the report's optimizer, AdamW:
+Six arithmetics, three seeds each, 1000 steps of a model of 0.9M active parameters (the tiny preset with one more
+layer and eight more experts) with the report's optimizer, AdamW:
     bf16            autocast to bfloat16, the report's baseline
     fp8             its recipe: scales per 1x128 and 128x128, fp32 accumulation
-    fp32            no rounding to speak of: how far two runs drift apart of which neither is the better one
+    fp8_pow2        the same with scales that are powers of two
+    fp32            next to no rounding: how far two runs drift apart when neither is better
     per_tensor      one scale per matrix
-    no_promotion    the recipe's scales, but sums kept to 14 bits all along K, as Hopper's tensor cores do by themselves
-                    (emulated: the accumulator is truncated after every 32 products)
+    no_promotion    the recipe's scales, but sums kept to 14 bits all along K, as Hopper's tensor cores do by
+                    themselves (emulated: the accumulator is truncated after every 32 products)
 Prints, and plots, the relative error of the training loss against the bf16 run of the same seed, both smoothed.
 """
 
@@ -29,9 +31,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import fp8  # noqa: E402
 from runs import finished, pyplot, read_log, train_all  # noqa: E402
 
-SHAPE = dict(num_hidden_layers=4, moe_intermediate_size=64, n_routed_experts=16, num_experts_per_tok=4, n_group=4,
-             topk_group=2)
-VARIANTS = ("bf16", "fp8", "fp32", "per_tensor", "no_promotion")
+SHAPE = dict(num_hidden_layers=4, moe_intermediate_size=64, n_routed_experts=16, num_experts_per_tok=4,
+             n_group=4, topk_group=2)
+EMULATED = dict(dtype="bfloat16", fp8=True)
+VARIANTS = {"bf16": dict(dtype="bfloat16"), "fp8": EMULATED, "fp8_pow2": EMULATED | dict(fp8_pow2=True),
+            "fp32": dict(dtype="float32"), "per_tensor": EMULATED, "no_promotion": EMULATED}    # flags of train.py
 SMOOTHING = 0.95    # of the exponential moving average over steps
 
 
@@ -54,6 +58,8 @@ def matmul_14_bits(a, b):
 
 
 def gemm_14_bits(a, b, dtype, ends=None):
+    if b.q.dim() == 4:
+        return torch.stack([gemm_14_bits(a, b_j, dtype, ends) for b_j in map(fp8.Quantized, *b)])
     a, b = fp8.dequantize(*a), fp8.dequantize(*b)
     parts = [a] if ends is None else a.tensor_split(ends[:-1].tolist())
     return torch.cat([matmul_14_bits(a_e, b_e) for a_e, b_e in zip(parts, b)]).to(dtype)
@@ -62,7 +68,8 @@ def gemm_14_bits(a, b, dtype, ends=None):
 def wgrad_14_bits(dy_t, x_t, ends=None):
     dy_t, x_t = fp8.dequantize(*dy_t), fp8.dequantize(*x_t)
     split = [] if ends is None else ends[:-1].tolist()
-    return torch.stack([matmul_14_bits(d, x) for d, x in zip(dy_t.tensor_split(split, 1), x_t.tensor_split(split, 1))])
+    pairs = zip(dy_t.tensor_split(split, 1), x_t.tensor_split(split, 1))
+    return torch.stack([matmul_14_bits(dy_e, x_e) for dy_e, x_e in pairs])
 
 
 def train_one(variant, flags):
@@ -98,8 +105,10 @@ def smooth(x):
 def report(path):
     """The table, and {variant: relative errors (seeds, steps)}."""
     kept = [json.loads(line) for line in path.read_text().splitlines()]
-    logs = {v: {run["run"].removeprefix(f"{v}-"): (np.array(run["main_loss"]), run["val_loss"]) for run in kept
-                if run["run"].startswith(f"{v}-")} for v in VARIANTS}      # {variant: {seed: training losses, validation}}
+    logs = {variant: {} for variant in VARIANTS}        # {variant: {seed: (training losses, validation loss)}}
+    for run in kept:
+        variant, seed = run["run"].rsplit("-", 1)
+        logs[variant][seed] = np.array(run["main_loss"]), run["val_loss"]
     errors = {}
     print("| arithmetic | mean relative loss error | largest, after step 100 | validation loss | against bf16 |")
     print("|---|---|---|---|---|")
@@ -146,12 +155,10 @@ def main():
     parser.add_argument("--plot", type=Path, help="write the picture to this file")
     args = parser.parse_args()
     if not (path := args.log):
-        flags = SHAPE | dict(data_dir=args.data_dir, device="cpu", optimizer="adamw", learning_rate=3e-3, batch_size=8,
-                     max_iters=args.max_iters, eval_interval=250, log_interval=1)
-        runs = {f"{variant}-{seed}": ([__file__, "--one", variant], flags | dict(seed=seed) | (
-                    dict(dtype="float32") if variant == "fp32" else dict(dtype="bfloat16", fp8=True) if variant != "bf16"
-                    else dict(dtype="bfloat16")))
-                for variants in (VARIANTS[:3], VARIANTS[3:]) for seed in args.seeds for variant in variants}
+        shared = SHAPE | dict(data_dir=args.data_dir, device="cpu", optimizer="adamw", learning_rate=3e-3,
+                              batch_size=8, max_iters=args.max_iters, eval_interval=250, log_interval=1)
+        runs = {f"{variant}-{seed}": ([__file__, "--one", variant], shared | flags | dict(seed=seed))
+                for seed in args.seeds for variant, flags in VARIANTS.items()}
         train_all(runs, args.out_dir, args.jobs)
         path = collect(args.out_dir, runs, args.max_iters)
     errors = report(path)
