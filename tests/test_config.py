@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -246,15 +247,33 @@ def test_sizes_that_the_presets_promise():
     assert 0.7e6 < active("tiny") < 1.3e6 and 117e6 < active("small") < 131e6
 
 
-@pytest.mark.parametrize("names, build", [
-    ("RMSNorm rotate yarn_mscale MLA", "MLA(config)(x, *angles)"),
-    ("MLP compute_dtype untraced_grouped_mm grouped_linear Experts Gate MoE", "MoE(config)(x)[0]"),
-    ("RMSNorm rotate yarn_mscale MLA MLP compute_dtype untraced_grouped_mm grouped_linear Experts Gate MoE Block MTP",
-     "MTP(config)(x, x, *angles)[0]")])
-def test_classes_can_be_copied_into_a_notebook(names, build, make_config):
-    """Nothing but torch, the config and the few definitions named, which stand above the class in the file."""
-    notebook = {"torch": torch, "nn": nn, "F": F, "math": math, "config": make_config(), "x": torch.randn(2, 5, 48),
-                "angles": model.rope_cos_sin(make_config(), 0, 5)}
-    for name in names.split():
-        exec(inspect.getsource(getattr(model, name)), notebook)
-    assert eval(build, notebook).shape == (2, 5, 48)
+def copied_along(name):
+    """What a class needs, and what that needs in turn, as its docstring says in the line "Copy along"."""
+    thing = getattr(model, name)
+    needs = []
+    if inspect.isclass(thing):
+        line = re.search(r"^ *Copy along: (.*)\.$", thing.__doc__, re.M)[1]
+        needs = [] if line == "nothing" else line.split(", ")
+    return {inner for need in needs for inner in copied_along(need)} | {name}
+
+
+BUILD = {"RMSNorm": "RMSNorm(48)(x)", "MLP": "MLP(48, 80)(x)", "Gate": "x * Gate(config)(x)[0].sum()",
+         "Experts": "x * Experts(config)(x[0], torch.ones(5, 1), torch.ones(5, 1).long())[0]",
+         "MLA": "MLA(config)(x, *angles)", "MoE": "MoE(config)(x)[0]", "Block": "Block(config)(x, *angles)[0]",
+         "MTP": "MTP(config)(x, x, *angles)[0]"}
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_classes_can_be_copied_into_a_notebook(name, make_config):
+    """Nothing but torch, the config and what the docstring names, all of which is used."""
+    config = make_config(rope_scaling=dict(type="yarn", factor=2, mscale_all_dim=1.0))
+    notebook = {"torch": torch, "nn": nn, "F": F, "math": math, "config": config, "x": torch.randn(2, 5, 48),
+                "angles": model.rope_cos_sin(config, 0, 5)}
+    names = copied_along(name)
+    sources = {each: inspect.getsource(getattr(model, each)) for each in names}
+    for each in sorted(names, key=lambda each: inspect.getsourcelines(getattr(model, each))[1]):
+        exec(sources[each], notebook)
+    assert eval(BUILD[name], notebook).shape == (2, 5, 48)
+    code = {each: re.sub('""".*?"""', "", source, flags=re.S) for each, source in sources.items()}
+    for each in names - {name}:     # in the code, not only in the docstrings
+        assert any(re.search(rf"\b{each}\b", code[other]) for other in names - {each}), each

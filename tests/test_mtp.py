@@ -87,7 +87,7 @@ def test_mtp_stays_within_the_document(make_model):
     cos, sin = rope_cos_sin(model.config, 4, 8)
     expected = a["mtp"] * 4
     module = model.model.layers[-1]
-    h = model.main_model(idx, model._document_mask(doc_ids))[0][:, 4:]
+    h = model.main_model(idx, doc_ids[:, None, :, None] == doc_ids[:, None, None, :])[0][:, 4:]
     x = module(h[:, :3], model.model.embed_tokens(idx[:, 5:]), cos[:3], sin[:3])[0]
     expected = expected + F.cross_entropy(model.lm_head(module.shared_head.norm(x))[0], cut[0, 1:], reduction="sum")
     torch.testing.assert_close(aux["mtp"] * 8, expected)
