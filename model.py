@@ -93,10 +93,10 @@ class DeepSeekV3Config:
                              f"experts in the topk_group={self.topk_group} groups of a token; lower it, or "
                              "keep more groups")
         rope = self.rope_scaling
-        if rope is not None and rope.get("rope_type", rope.get("type")) != "yarn":
-            raise ValueError(f"rope_scaling must be of the type 'yarn', got {rope}")
-        if rope is not None and not rope.get("factor", 0) >= 1:
-            raise ValueError(f"rope_scaling needs a 'factor' of at least 1 for YaRN, got {rope}")
+        if rope is not None and (kind := rope.get("rope_type", rope.get("type"))) != "yarn":
+            raise ValueError(f"rope_scaling must be of type 'yarn', got {str(kind)[:100]!r}")
+        if rope is not None and not (rope.get("factor") or 0) >= 1:
+            raise ValueError(f"rope_scaling needs a 'factor' of at least 1 for YaRN, got {str(rope)[:200]}")
 
     @classmethod
     def preset(cls, name):
