@@ -37,8 +37,8 @@ import torch
 
 from checkpoint import (Parser, has_bf16, load_checkpoint, load_run, load_shards, pick_device,
                         released_folder)
-from data.tokenizer import (Ends, encode, encoding_from_json, fim_ids, get_tokenizer, read_ends, read_json,
-                            separator, token_bytes)
+from data.tokenizer import (Ends, encode, encoding_from_json, ends_of_data, fim_ids, get_tokenizer, read_ends,
+                            read_json, token_bytes)
 from model import PREFILL_CHUNK, DeepSeekV3, DeepSeekV3Config, draw, rope_cos_sin, sampling_probs
 
 
@@ -193,7 +193,7 @@ def load(path, device, dtype=None, ema=False):
     bf16 = device.type == "cuda" and has_bf16(device)
     model.to(device, dtype or (torch.bfloat16 if bf16 else torch.float32))
     encoding = encoding_from_json(ckpt["encoding"])
-    return Loaded(model.eval(), encoding, Ends(None, (separator(encoding),), False),
+    return Loaded(model.eval(), encoding, ends_of_data(ckpt["meta"]),
                   max(ckpt["train_config"]["block_size"], 2))
 
 

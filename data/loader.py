@@ -33,28 +33,28 @@ def check_size(path, meta, itemsize):
     size = path.stat().st_size
     tokens = meta.get(f"{path.stem}_tokens", size // itemsize)      # data of other making may not record it
     if size != tokens * itemsize:
-        raise ValueError(f"{path} has {size:,} bytes in place of {tokens * itemsize:,}: cut off, or changed since "
-                         "it was prepared; delete the folder and prepare the data again")
+        raise ValueError(f"{path} has {size:,} bytes in place of {tokens * itemsize:,}: cut off, or changed "
+                         "since it was prepared; delete the folder and prepare the data again")
 
 
 class Tokens:
     """The windows of a .bin file, in an order that depends on the seed and the sample's number only.
 
-    Each epoch cuts the file at a random offset into windows that don't overlap, and shuffles them. So sample number n
-    is the same whatever came before: a resumed run needs nothing but n.
-    """
+    Each epoch cuts the file at a random offset into windows that don't overlap, and shuffles them. So sample
+    number n is the same whatever came before: a resumed run needs nothing but n. """
 
     def __init__(self, path, meta, block_size, vocab_size, seed):
         self.path, self.T, self.vocab_size, self.seed = path, block_size, vocab_size, seed
         self.tokens, self.mask = open_bin(path, meta), open_mask(path, meta)
         if len(self.tokens) <= block_size:
-            raise ValueError(f"{path} holds {len(self.tokens)} tokens, too few for one window of --block_size "
-                             f"{block_size} and the token after it; give more data or a smaller block")
+            raise ValueError(f"{path} holds {len(self.tokens)} tokens, too few for a window of --block_size "
+                             f"{block_size} and a token after it; give more data or a smaller block")
         self.windows = max((len(self.tokens) - 1) // block_size - 1, 1)     # one less: room for the offset
         self.epoch = None
 
     def batch(self, n, count):
-        """Samples n..n+count-1: x, y (count, T) int64; y is x shifted by one, -100 where nothing is predicted."""
+        """Samples n..n+count-1: x, y (count, T) int64; y is x shifted by one, -100 where nothing is
+        predicted."""
         starts = []
         for i in range(n, n + count):
             epoch, j = divmod(i, self.windows)
@@ -86,16 +86,17 @@ def read_meta(path):
 
 
 def open_data(cfg, config, vocab_size_given, rank=0):
-    """-> meta.json's dict, encoding.json's text and the train Tokens. Sizes config.vocab_size to the data unless it
-    was given. Folders with the name of a source are prepared by rank 0 if they hold no data yet."""
+    """-> meta.json's dict, encoding.json's text and the train Tokens. Sizes config.vocab_size to the data
+    unless it was given. Folders with the name of a source are prepared by rank 0 if they hold no data yet."""
     data_dir = Path(cfg.data_dir)
     if rank == 0 and data_dir.name in SOURCES and not (data_dir / "meta.json").is_file():
         print(f"{data_dir} has no data yet: preparing {data_dir.name}")
         prepare(data_dir, data_dir.name, again=False)
     for name in ("meta.json", "encoding.json", "train.bin", "val.bin"):
         if not (data_dir / name).is_file():
-            raise ValueError(f"{data_dir} {f'has no {name}' if data_dir.exists() else 'does not exist'}; prepare your "
-                             f"text with: python data/prepare.py --input FILE_OR_DIR --out_dir {data_dir}")
+            missing = f"has no {name}" if data_dir.exists() else "does not exist"
+            raise ValueError(f"{data_dir} {missing}; prepare your text with: python data/prepare.py "
+                             f"--input FILE_OR_DIR --out_dir {data_dir}")
         if not (data_dir / name).stat().st_size:
             raise ValueError(f"{data_dir / name} is empty; delete the folder and prepare the data again")
     meta = read_meta(data_dir / "meta.json")
@@ -111,9 +112,8 @@ def open_data(cfg, config, vocab_size_given, rank=0):
 class Validation:
     """Mean loss over the validation split, or its first 256 KB of text.
 
-    Every token is predicted exactly once, those of prompts excepted; windows overlap by one token, so only the
-    context restarts with a window. The first token follows a separator.
-    """
+    Every token is predicted exactly once, those of prompts excepted; windows overlap by one token, so only
+    the context restarts with a window. The first token follows a separator. """
 
     def __init__(self, path, meta, encoding, block_size):
         lengths, separator = token_lengths(encoding_from_json(encoding)), meta["separator"]
@@ -141,7 +141,7 @@ class Validation:
         """-> val_loss in nats per token, val_bpb in bits per byte of the raw text."""
         model.eval()
         nats = 0.0
-        spare = -len(self.x) % batch_size       # equal batches: torch.compile compiles again for a smaller last one
+        spare = -len(self.x) % batch_size       # equal batches: torch.compile would recompile for others
         x_all, y_all = F.pad(self.x, (0, 0, 0, spare)), F.pad(self.y, (0, 0, 0, spare), value=-100)
         for x, y in progress(list(zip(x_all.split(batch_size), y_all.split(batch_size))), "evaluating"):
             x, y = x.to(device), y.to(device)

@@ -1,24 +1,26 @@
 """Text in, tokens out: writes train.bin, val.bin, encoding.json and meta.json for train.py.
 
-    python data/prepare.py                                   # Python's own source as bytes: nothing to download
+    python data/prepare.py                              # Python's own source as bytes: nothing to download
     python data/prepare.py --source shakespeare
     python data/prepare.py --input book.txt --tokenizer gpt2
     python data/prepare.py --input folder/ --tokenizer DeepSeek-V3/tokenizer.json
-    python data/prepare.py --input folder/ --fim_rate 0.1    # a tenth of the documents teach to fill in a middle
+    python data/prepare.py --input folder/ --fim_rate 0.1                   # teach to fill in a middle
     python data/prepare.py --input chats.jsonl --tokenizer DeepSeek-V3      # pairs, for fine-tuning
 
 A .bin file is a flat array of token ids, np.memmap(file, dtype=meta["dtype"]):
-    separator, document, separator, document, ...            # the separator stands *before* each document
-The separator is the token that ends a text. A model that expects a token before each text finds that after the separator.
-The last 10% of the raw bytes are val. The cut is made before tokenising, so that every tokenizer is judged on the
-same text; a document that lies across the cut continues in val without a separator.
+    separator, document, separator, document, ...       # the separator stands *before* each document
+The separator is the token that ends a text. A model that expects a token before each text finds that after
+the separator. The last 10% of the raw bytes are val. The cut is made before tokenising, so that every
+tokenizer is judged on the same text; a document that lies across the cut continues in val without a
+separator.
 
-A .jsonl file holds a JSON object per line. {"text": ...} is a document. {"prompt": ..., "completion": ...} is one too, but
-only the completion and the separator behind it are trained on: train.mask and val.mask hold a byte per token, 1 where
-the token is to be predicted. A pair is never cut, and special tokens in it, such as <|im_start|>, become their ids.
+A .jsonl file holds a JSON object per line. {"text": ...} is a document. {"prompt": ..., "completion": ...} is
+one too, but only the completion and the separator behind it are trained on: train.mask and val.mask hold a
+byte per token, 1 where the token is to be predicted. A pair is never cut, and special tokens in it, such as
+<|im_start|>, become their ids.
 
-Fill-in-middle (§4.1 of the DeepSeek-V3 report): of the documents that lie in train as a whole, --fim_rate are cut at
-two random characters and written as prefix, suffix, middle, from which a model learns to fill a hole:
+Fill-in-middle (§4.1 of the DeepSeek-V3 report): of the documents that lie in train as a whole, --fim_rate are
+cut at two random characters and written as prefix, suffix, middle, from which a model learns to fill a hole:
     separator, <｜fim▁begin｜>, prefix, <｜fim▁hole｜>, suffix, <｜fim▁end｜>, middle, separator, ...
 """
 
@@ -41,7 +43,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # so that this file runs as a script and imports as a module
+sys.path.insert(0, str(Path(__file__).parent.parent))   # this file runs as a script and imports as a module
 
 from data.tokenizer import BYTES, FIM, Ends, encode, encoding_to_json, fim_ids, get_tokenizer  # noqa: E402
 from data.tokenizer import read_ends, with_special_tokens  # noqa: E402
@@ -54,12 +56,12 @@ except ImportError:     # not a Unix: there, nothing keeps two preparations of o
 SOURCES = ("stdlib", "shakespeare", "fineweb")
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 FINEWEB_BYTES = 1_000_000_000  # of text, where --source fineweb stops
-STDLIB_SKIP = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test",  # not the library, and
-               "encodings", "pydoc_data", "config-*", "_sysconfigdata*")                       # generated tables
+STDLIB_SKIP = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test",   # no library,
+               "encodings", "pydoc_data", "config-*", "_sysconfigdata*")                        # generated
 TABLES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".ipynb", ".xlsx")
-FILES = ("train.bin", "val.bin", "train.mask", "val.mask", "encoding.json", "meta.json")   # who sees the last sees all
+FILES = ("train.bin", "val.bin", "train.mask", "val.mask", "encoding.json", "meta.json")    # in this order
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sources
 
 
@@ -80,8 +82,8 @@ def documents(source: str, input, out_dir: Path):
         if not path.is_file():
             raise FileNotFoundError(f"no input {path}: there is no such file or folder")
         if path.suffix.lower() in TABLES:
-            raise ValueError(f"input {path} is a table or markup, not text: write it as {path.stem}.jsonl, an object "
-                             'per line: {"text": ...} or {"prompt": ..., "completion": ...}')
+            raise ValueError(f"input {path} is a table or markup, not text: write it as {path.stem}.jsonl, "
+                             'an object per line: {"text": ...} or {"prompt": ..., "completion": ...}')
         if path.suffix.lower() == ".jsonl":
             return json_lines(path)
         raw = path.read_bytes()
@@ -109,14 +111,14 @@ def text_fault(raw: bytes) -> str | None:
 
 
 def folder(root: Path, pattern: str, skip: tuple, out_dir: Path):
-    """Each text file below root whose name fits pattern, by relative path, without files and folders named in skip."""
+    """Each text file below root whose name fits pattern, by relative path, without files and folders named in
+    skip."""
     paths, odd, found = [], [], False
     for where, folders, names in os.walk(root):
-        folders[:] = [f for f in folders if not any(fnmatch.fnmatchcase(f, s) for s in skip)]
-        names = [n for n in fnmatch.filter(names, pattern) if not any(fnmatch.fnmatchcase(n, s) for s in skip)]
-        if Path(where).resolve() == out_dir.resolve():
-            names = [n for n in names if n not in FILES]  # our own output is not input, or a second run would differ
-        paths += [Path(where, n) for n in names]
+        own = FILES if Path(where).resolve() == out_dir.resolve() else ()   # our output is not our input
+        skipped = {n for n in folders + names if n in own or any(fnmatch.fnmatchcase(n, s) for s in skip)}
+        folders[:] = [n for n in folders if n not in skipped]
+        paths += [Path(where, n) for n in fnmatch.filter(names, pattern) if n not in skipped]
     for path in progress(sorted(paths, key=lambda p: p.relative_to(root).as_posix()), f"reading {root}"):
         if not path.is_file() or not path.stat().st_size:
             continue
@@ -146,10 +148,10 @@ def json_lines(path: Path):
                 case {"text": str(text)} if not entry.keys() & {"prompt", "completion"}:
                     prompt = None
                 case {"prompt": str(prompt), "completion": str(text)} if "text" not in entry:
-                    prompt = prompt.encode("utf-8", "replace")      # JSON can spell lone surrogates, UTF-8 can't
+                    prompt = prompt.encode("utf-8", "replace")  # JSON can spell lone surrogates, UTF-8 can't
                 case _:
-                    raise ValueError(f'{name} is neither {{"text": ...}} nor {{"prompt": ..., "completion": ...}} with '
-                                     "strings as values")
+                    raise ValueError(f'{name} is neither {{"text": ...}} nor {{"prompt": ..., "completion": '
+                                     "...} with strings as values")
             if text or prompt:
                 yield Document(text.encode("utf-8", "replace"), name, prompt)
 
@@ -159,7 +161,8 @@ def shakespeare():
         with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
             yield Document(response.read(), SHAKESPEARE)
     except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"could not download {SHAKESPEARE} ({error}): get it another way and use --input FILE") from error
+        raise OSError(f"could not download {SHAKESPEARE} ({error}): get it another way and use --input FILE"
+                      ) from error
 
 
 def fineweb():
@@ -170,7 +173,7 @@ def fineweb():
         raise ImportError("--source fineweb needs the datasets package: pip install datasets") from error
     size = 0
     rows = load_dataset("HuggingFaceFW/fineweb-edu", name="sample-10BT", split="train", streaming=True)
-    with tqdm(total=FINEWEB_BYTES, unit="B", unit_scale=True, disable=None) as bar:    # None: on terminals only
+    with tqdm(total=FINEWEB_BYTES, unit="B", unit_scale=True, disable=None) as bar:     # on terminals only
         for number, row in enumerate(rows):
             if text := row["text"].encode():
                 yield Document(text, f"document {number}")
@@ -198,19 +201,21 @@ def progress(items: list, what: str):
         yield from tqdm(items, what, leave=False, delay=1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.0, again=True) -> dict | None:
-    """Tokenises a source (or the file or folder `input`) into out_dir, unless that holds data and not `again`.
+    """Tokenises a source (or the file or folder `input`) into out_dir, unless that holds data and not
+    `again`.
 
-    Returns the contents of meta.json: dtype, vocab_size, tokenizer, separator, bos, eos, add_bos (ids, see Ends),
-    max_token (the highest id in the data), source, documents, pairs, bytes_per_token, {train,val}_tokens,
-    {train,val}_bytes, {train,val}.bin_crc32 (by which a resumed run knows its data), fim_rate, fim_documents.
+    Returns the contents of meta.json: dtype, vocab_size, tokenizer, separator, bos, eos, add_bos (ids, see
+    Ends), max_token (the highest id in the data), source, documents, pairs, bytes_per_token,
+    {train,val}_tokens, {train,val}_bytes, {train,val}.bin_crc32 (by which a resumed run knows its data),
+    fim_rate, fim_documents.
 
-    All or nothing: when it raises (ValueError for bad input, OSError, ImportError, KeyboardInterrupt), an earlier
-    dataset in out_dir is untouched and nothing is left beside it. Memory: one document with its tokens at a time.
-    """
+    All or nothing: when it raises (ValueError for bad input, OSError, ImportError, KeyboardInterrupt), an
+    earlier dataset in out_dir is untouched and nothing is left beside it. Memory: one document with its
+    tokens at a time. """
     out_dir = Path(out_dir)
     if not 0 <= fim_rate <= 1:
         raise ValueError(f"--fim_rate must be from 0 to 1, got {fim_rate}")
@@ -222,20 +227,22 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
     with alone_in(out_dir):
         if not again and (out_dir / "meta.json").is_file():     # another process was faster
             return None
-        with tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir) as staged:  # removed whatever happens
+        with tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir) as staged:    # removed if we fail
             staged = Path(staged)
             meta = {"dtype": "uint16" if enc.n_vocab <= 1 << 16 else "uint32", "vocab_size": enc.n_vocab,
                     "tokenizer": enc.name, "separator": ends.eos[0], "bos": ends.bos, "eos": list(ends.eos),
                     "add_bos": ends.add_bos, "source": Path(input).name if input else source}
             meta |= write_tokens(docs, enc, ends, meta["dtype"], staged, fim_rate)
-            for name, text in ("encoding.json", encoding_to_json(enc)), ("meta.json", json.dumps(meta, indent=2) + "\n"):
+            texts = {"encoding.json": encoding_to_json(enc), "meta.json": json.dumps(meta, indent=2) + "\n"}
+            for name, text in texts.items():
                 with open(staged / name, "w", encoding="utf-8") as file:
                     file.write(text)
                     sync(file)
             publish(staged, out_dir)
-    print(f"{out_dir}: {meta['train_tokens']:,} train + {meta['val_tokens']:,} val tokens from {meta['documents']:,} "
-          f"documents\n"
-          f"vocabulary {enc.n_vocab:,} ({enc.name}), {meta['bytes_per_token']:.2f} bytes/token, {meta['dtype']}")
+    print(f"{out_dir}: {meta['train_tokens']:,} train + {meta['val_tokens']:,} val tokens from "
+          f"{meta['documents']:,} documents")
+    print(f"vocabulary {enc.n_vocab:,} ({enc.name}), {meta['bytes_per_token']:.2f} bytes/token, "
+          f"{meta['dtype']}")
     if fim_rate:
         print(f"fill-in-middle: {meta['fim_documents']:,} documents")
     return meta
@@ -243,7 +250,8 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
 
 @contextlib.contextmanager
 def alone_in(out_dir: Path):
-    """Waits for other preparations of the folder, and removes what a killed one left. The kernel releases the lock."""
+    """Waits for other preparations of the folder, and removes what a killed one left. The kernel releases the
+    lock."""
     if fcntl is None:
         yield
         return
@@ -261,7 +269,7 @@ def alone_in(out_dir: Path):
 class Split:
     """train.bin or val.bin while it is written, and the mask beside it if there are pairs."""
 
-    def __init__(self, path: Path, enc: tiktoken.Encoding, dtype: str, masked: bool, stack: contextlib.ExitStack):
+    def __init__(self, path: Path, enc: tiktoken.Encoding, dtype: str, masked: bool, stack):
         self.file = stack.enter_context(open(path, "wb"))
         self.mask = stack.enter_context(open(path.with_suffix(".mask"), "wb")) if masked else None
         self.enc, self.dtype = enc, dtype
@@ -277,15 +285,15 @@ class Split:
         self.crc = zlib.crc32(ids.tobytes(), self.crc)
 
     def add_text(self, text: bytes, name: str, predicted=True, special=False) -> None:
-        if self.enc._mergeable_ranks == BYTES and not special:      # the text *is* its tokens: no list of a billion
-            ids = np.frombuffer(text, np.uint8)                     # ints for a GB of it
+        if self.enc._mergeable_ranks == BYTES and not special:
+            ids = np.frombuffer(text, np.uint8)     # no list of a billion ints for a GB of text
         else:
             try:
                 ids = encode(self.enc, text.decode(), special)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             if self.enc.decode_bytes(ids) != text:
-                raise ValueError(f"{name}: tokenizer {self.enc.name} loses text: its pattern does not match all of it")
+                raise ValueError(f"{name}: tokenizer {self.enc.name} loses text (its pattern skips some)")
         self.add(ids, predicted)
         self.text_tokens += len(ids)
         self.bytes += len(text)
@@ -295,7 +303,7 @@ def write_tokens(docs, enc: tiktoken.Encoding, ends: Ends, dtype: str, where: Pa
     """Writes train.bin and val.bin of docs into `where`; returns the counts for meta.json."""
     with contextlib.ExitStack() as stack:
         raw, queue = stack.enter_context(open(where / "raw", "w+b")), []
-        for text, name, prompt in docs:     # the cut needs the total, so the text waits on disk, not in memory
+        for text, name, prompt in docs:     # the cut needs the total: the text waits on disk, not in memory
             queue.append((name, prompt is not None, raw.write(prompt or b""), raw.write(text)))
         total, pairs = raw.tell(), sum(is_pair for _, is_pair, _, _ in queue)
         cut = total * 9 // 10
@@ -307,11 +315,11 @@ def write_tokens(docs, enc: tiktoken.Encoding, ends: Ends, dtype: str, where: Pa
             rest = cut - raw.tell()
             prompt, doc = raw.read(prompt_size), raw.read(size)
             whole = rest >= prompt_size + size or pairs and not train.tokens
-            at = size if whole else 0 if pairs else max(rest, 0)    # this many bytes of the document are train's
+            at = size if whole else 0 if pairs else max(rest, 0)    # bytes of the document that are train's
             while 0 < at < size and doc[at] & 0xC0 == 0x80:         # never inside a character
                 at -= 1
             split = train if whole or at > 0 else val
-            split.add([ends.eos[0]])            # it ends the document before, so it is predicted even before a pair
+            split.add([ends.eos[0]])    # ends the document before, so it is predicted even before a prompt
             if ends.add_bos:
                 split.add([ends.bos], predicted=not is_pair)
             if is_pair:
@@ -337,11 +345,15 @@ def write_tokens(docs, enc: tiktoken.Encoding, ends: Ends, dtype: str, where: Pa
             sync(split.file)
             if split.mask:
                 sync(split.mask)
-    return {"documents": len(queue), "bytes_per_token": total / (train.text_tokens + val.text_tokens),
-            "train_bytes": train.bytes, "val_bytes": val.bytes,
-            "train_tokens": train.tokens, "val_tokens": val.tokens, "max_token": max(train.max_token, val.max_token),
-            "train.bin_crc32": train.crc, "val.bin_crc32": val.crc,
-            **({"pairs": pairs} if pairs else {}), **({"fim_rate": fim_rate, "fim_documents": fims} if fim_rate else {})}
+    meta = {"documents": len(queue), "bytes_per_token": total / (train.text_tokens + val.text_tokens),
+            "max_token": max(train.max_token, val.max_token),
+            "train_bytes": train.bytes, "train_tokens": train.tokens, "train.bin_crc32": train.crc,
+            "val_bytes": val.bytes, "val_tokens": val.tokens, "val.bin_crc32": val.crc}
+    if pairs:
+        meta["pairs"] = pairs
+    if fim_rate:
+        meta |= {"fim_rate": fim_rate, "fim_documents": fims}
+    return meta
 
 
 def sync(file) -> None:
@@ -350,10 +362,11 @@ def sync(file) -> None:
 
 
 def publish(staged: Path, out_dir: Path) -> None:
-    """Moves FILES from staged to out_dir in place of the old ones, which come back if a move fails."""
+    """Moves FILES from staged to out_dir in place of the old ones, which come back if a move fails. meta.json
+    is the first to go and the last to come: who sees it sees a whole dataset."""
     (staged / "old").mkdir()
     moves = [(out_dir / n, staged / "old" / n) for n in reversed(FILES) if (out_dir / n).exists()]
-    moves += [(staged / n, out_dir / n) for n in FILES if (staged / n).exists()]    # meta.json first out, last in
+    moves += [(staged / n, out_dir / n) for n in FILES if (staged / n).exists()]
     try:
         for here, there in moves:
             os.replace(here, there)
@@ -368,25 +381,27 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):     # no character of a file's name costs the run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--source", choices=SOURCES,
-                      help="Python's own library (the default), tinyshakespeare (downloads 1 MB) or FineWeb-Edu "
-                           "(downloads 1 GB, needs pip install datasets)")
+                      help="Python's own library (the default), tinyshakespeare (downloads 1 MB) or "
+                           "FineWeb-Edu (downloads 1 GB, needs pip install datasets)")
     text.add_argument("--input", metavar="FILE_OR_DIR",
                       help="your own text: a UTF-8 file, a .jsonl of texts or pairs, or a folder of them")
-    parser.add_argument("--out_dir", metavar="DIR", help="default: a folder beside prepare.py, named after the text")
+    parser.add_argument("--out_dir", metavar="DIR",
+                        help="default: a folder beside prepare.py, named after the text")
     parser.add_argument("--tokenizer", default="bytes", metavar="bytes|gpt2|PATH",
                         help="bytes (the default), gpt2, a released model's folder, a .tiktoken file or a "
                              "tokenizer.json of byte-level BPE")
     parser.add_argument("--fim_rate", type=float, default=0.0,
-                        help="share of the documents to write as prefix, suffix, middle (default 0; the report: 0.1)")
+                        help="share of the documents to write as prefix, suffix, middle (the report: 0.1)")
     args = parser.parse_args()
     source = args.source or "stdlib"
     name = source if args.input is None else Path(args.input).resolve().stem
     try:
-        prepare(args.out_dir or Path(__file__).parent / name, source, args.input, args.tokenizer, args.fim_rate)
+        out_dir = args.out_dir or Path(__file__).parent / name
+        prepare(out_dir, source, args.input, args.tokenizer, args.fim_rate)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"prepare.py: {error}")
 

@@ -21,12 +21,16 @@ from data.loader import Tokens, Validation, open_data
 from data.prepare import prepare
 from data.tokenizer import (BYTES, DEEPSEEK_EOS, DEEPSEEK_PATTERN, DEEPSEEK_SPLITS, FIM, Ends, encoding_from_json,
                             encoding_to_json, encoding_to_tokenizer_json, ends_of_data, fim_ids, get_tokenizer,
-                            read_ends, same_ids, separator, token_lengths, tokenizer_files, with_special_tokens)
+                            read_ends, same_ids, token_lengths, tokenizer_files, with_special_tokens)
 
 SEP = 256  # <|endoftext|> of the bytes tokenizer
 SCRIPT = Path(prep.__file__)
 LLAMA_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
                r"\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def separator(enc) -> int:
+    return read_ends("bytes", enc).eos[0]
 
 
 def write(root: Path, files: dict) -> Path:

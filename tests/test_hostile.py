@@ -224,7 +224,7 @@ def test_checkpoints_with_absurd_contents(tmp_path, make_model):
     for i in range(120):
         state = mutate(good, rng)
         if isinstance(state, dict):
-            state |= {"model": model.state_dict(), "optimizers": [], "rng_state": torch.get_rng_state()}
+            state |= {"meta": {"separator": 256}, "model": model.state_dict(), "optimizers": [], "rng_state": torch.get_rng_state()}
             if i % 4 == 0:
                 name = rng.choice(list(state["model"]))
                 state["model"] = {**state["model"], name: rng.choice([torch.zeros(3), torch.zeros(0), 1, None, "x"])}
