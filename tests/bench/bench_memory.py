@@ -13,6 +13,7 @@ What fits where.
 """
 
 import dataclasses
+import math
 import resource
 import subprocess
 import sys
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train  # noqa: E402
 from bench_train import PRESETS  # noqa: E402
-from checkpoint import stored_size  # noqa: E402
+from checkpoint import is_quantized  # noqa: E402
 from model import MLA, DeepSeekV3, DeepSeekV3Config, Experts  # noqa: E402
 from runs import command_line  # noqa: E402
 
@@ -40,6 +41,14 @@ RESERVE = 2 * GiB       # of a card, for CUDA itself and for gaps between tensor
 
 # ------------------------------------------------------------------------------------------------------------
 # Weights and cache
+
+def stored_bytes(name, tensor, fp8):
+    """Bytes of a tensor in a released file; FP8 has an fp32 scale per block of 128x128."""
+    if not (fp8 and is_quantized(name)):
+        return tensor.numel() * tensor.element_size()
+    *stack, rows, columns = tensor.shape
+    return tensor.numel() + 4 * math.prod(stack) * -(-rows // 128) * -(-columns // 128)
+
 
 def weights():
     print("| preset | MTP modules | weights in bf16 | stored in FP8 | cache per token, bf16 | cache of 32K "
@@ -51,7 +60,7 @@ def weights():
                 model = DeepSeekV3(config).to(torch.bfloat16)
                 cache = sum(c.numel() * c.element_size() for c in model.new_cache(1, 1, mtp=True))
             tensors = model.state_dict().items()
-            bf16, fp8 = (sum(stored_size(n, t, fp8) for n, t in tensors) / 1e9 for fp8 in (False, True))
+            bf16, fp8 = (sum(stored_bytes(n, t, fp8) for n, t in tensors) / 1e9 for fp8 in (False, True))
             print(f"| `{name}` | {depth} | {bf16:,.2f} GB | {fp8:,.2f} GB | {cache:,} bytes | "
                   f"{cache * 32768 / 1e9:.2f} GB |")
 
