@@ -591,10 +591,9 @@ def scatter_rows(x, place, rows):
     all slots, (rows, D), zeros elsewhere. None: every token has one slot, in order."""
     if place is None:
         return x
-    (N, D), place = x.q.shape, place.view(x.q.size(0), -1)                                  # (N, K)
-    KB = x.s.size(1)
-    q = x.q.new_zeros(rows, KB * 128, dtype=torch.uint8)                                    # as in empty_tiles
-    s = x.s.new_zeros(KB, rows).T
+    (N, D), KB = x.q.shape, x.s.size(1)
+    place = place.view(N, -1)                                                               # (N, K)
+    q, s = x.q.new_zeros(rows, KB * 128, dtype=torch.uint8), x.s.new_zeros(KB, rows).T
     q[:, :D][place] = x.q.view(torch.uint8)[:, None]
     s[place] = x.s[:, None]
     return Quantized(q.view(E4M3)[:, :D], s)

@@ -1,11 +1,12 @@
 """
-How fast the FP8 kernels are. On a GPU of sm_89 or later, everything side by side, medians of interleaved repeats:
+How fast the FP8 kernels are. On a GPU of sm_89 or later, everything side by side, as medians of interleaved
+repeats:
 
     python tests/bench/bench_fp8.py
 
 Without one, nothing is run: prints what the kernels compile to (registers, shared memory, spills, tensor-core
-instructions), one of each kind for each card, or with --sweep all that the launchers in fp8.py can ask for, and the
-roofline time of a product, which is a bound and not a measurement.
+instructions), one of each kind for each card, or with --sweep all that the launchers in fp8.py can ask for,
+and the roofline time of a product, which is a bound and not a measurement.
 """
 
 import argparse
@@ -75,23 +76,25 @@ def launches(card=None):
         for dtype, E, J, M, N, K in itertools.product(dtypes, experts, (1, 2), lengths, sizes, sizes):
             b = fp8.quantize_reference(torch.ones(J, max(E, 1), N, K), 128)
             b = fp8.Quantized(b.q[0], b.s[0]) if J == 1 else b
-            yield partial(fp8.gemm_triton, matrix(M, K), b, dtype, ends[:E] if E else None), (dtype, J, E, M, N, K)
+            yield (partial(fp8.gemm_triton, matrix(M, K), b, dtype, ends[:E] if E else None),
+                   (dtype, E, J, M, N, K))
 
     def wgrads(experts, lengths):
         for E, M, N, K in itertools.product(experts, lengths, sizes, sizes):
-            yield partial(fp8.wgrad_triton, matrix(N, M), matrix(K, M), ends[:E] if E else None), (E, M, N, K)
+            yield (partial(fp8.wgrad_triton, matrix(N, M), matrix(K, M), ends[:E] if E else None),
+                   (E, M, N, K))
 
     def swiglus():
         for dtype, M, K in itertools.product(dtypes, lengths, sizes):
-            yield partial(fp8.swiglu_backward_triton, matrix(M, K), matrix(M, K), torch.ones(M, K, dtype=dtype)), (
-                dtype, M, K)
+            g, u, dh = matrix(M, K), matrix(M, K), torch.ones(M, K, dtype=dtype)
+            yield partial(fp8.swiglu_backward_triton, g, u, dh), (dtype, M, K)
 
     families = {
         "quantize 1x128": quantizers(False, True), "quantize both ways": quantizers(True, True),
         "quantize 128x1": quantizers(True, False), "requantize 128x1": requantizers(),
         "quantize 128x128": weights(False), "transpose 128x128": weights(True), "gemm": gemms([0], lengths),
-        "gemm, grouped": gemms([3, 1], [256]), "wgrad": wgrads([0], lengths), "wgrad, grouped": wgrads([3, 1], [256]),
-        "swiglu backward": swiglus()}
+        "gemm, grouped": gemms([3, 1], [256]), "wgrad": wgrads([0], lengths),
+        "wgrad, grouped": wgrads([3, 1], [256]), "swiglu backward": swiglus()}
     for family, members in families.items():
         members = list(members)
         for function, sizes_of in members if card is None else members[card % len(members):][:1]:
@@ -109,11 +112,12 @@ def numbers_in_shared(sass):
 
     for op, args in re.findall(r"\*/ +(?:@!?\w+ )?([A-Z][\w.]+) (.*?) ?;", sass):
         to, *args = args.split(", ")
-        if op.startswith("F2FP.SATFINITE.E4M3"):        # two numbers, before the lower half of the last operand
+        if op.startswith("F2FP.SATFINITE.E4M3"):    # two numbers, before the lower half of the last operand
             registers[to] = next(numbers), next(numbers), *content(args[-1])[:2]
         elif op == "PRMT" and args[1].startswith("0x"):     # a byte of two registers for each digit
             digits = int(args[1], 16)
-            registers[to] = tuple((content(args[0]) + content(args[2]))[digits >> 4 * i & 7] for i in range(4))
+            both = content(args[0]) + content(args[2])
+            registers[to] = tuple(both[digits >> 4 * i & 7] for i in range(4))
         elif op == "LOP3.LUT" and args[1:4] == ["0xffff", "RZ", "0xc0"]:
             registers[to] = *content(args[0])[:2], None, None
         elif op.startswith("SHF.R.") and args[:2] == ["RZ", "0x8"]:
@@ -160,16 +164,18 @@ def inspect(capability, family, description, kernel):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", disassemble("cuobjdump", "-res-usage", cubin.name)).groups()
+        usage = disassemble("cuobjdump", "-res-usage", cubin.name)
         sass = disassemble("nvdisasm", "-c", cubin.name)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     ptx = kernel.asm["ptx"]
 
     def count(pattern, text=sass):
         return len(re.findall(pattern, text))
 
     row = dict(capability=capability, kernel=family, sizes=description, warps=kernel.metadata.num_warps,
-               registers=int(registers), stack=int(stack), shared=kernel.metadata.shared, spills=count(r"\b(STL|LDL)\b"),
-               tma_loads=count(r"\bUTMALDG\b"), fp8_mma=count(r"\b(QGMMA|QMMA|UTCQMMA)\b"),
+               registers=int(registers), stack=int(stack), spills=count(r"\b(STL|LDL)\b"),
+               shared=kernel.metadata.shared, tma_loads=count(r"\bUTMALDG\b"),
+               fp8_mma=count(r"\b(QGMMA|QMMA|UTCQMMA)\b"),
                half_mma=count(r"\b(HMMA|HGMMA)\b"), fp8_in_shared=numbers_in_shared(sass),
                direct_casts=count(r"cvt\.rn\.satfinite\.e4m3x2\.f32", ptx))
     product = family.startswith(("gemm", "wgrad"))
@@ -200,15 +206,18 @@ def compile_all(capability, sample):
 
 def print_compiled(sweep):
     print("No GPU with FP8 tensor cores here: nothing was run. Compiled ahead of time by Triton:\n")
-    print("| sm | kernel | sizes | warps | registers | spills | shared memory | FP8 MMA | TMA loads | faults |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    titles = "sm kernel sizes warps registers spills shared_memory FP8_MMA TMA_loads faults".split()
+    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
     for capability in CARDS:
         for row in compile_all(capability, not sweep):
-            print(f"| {row['capability']} | {row['kernel']} | {row['sizes']} | {row['warps']} | {row['registers']} | "
-                  f"{row['spills']} | {row['shared'] / 1024:.0f} KB | {row['fp8_mma']} | {row['tma_loads']} | "
-                  f"{', '.join(row['faults']) or 'none'} |", flush=True)
-    print("\nRoofline, a bound and no measurement: the larger of FLOPs / peak and bytes / bandwidth, in microseconds\n")
-    print("| product | M, N, K | " + " | ".join(f"{name} (sm_{sm})" for sm, (name, _, _) in CARDS.items()) + " |")
+            print(f"| {row['capability']} | {row['kernel']} | {row['sizes']} | {row['warps']} | "
+                  f"{row['registers']} | {row['spills']} | {row['shared'] / 1024:.0f} KB | "
+                  f"{row['fp8_mma']} | {row['tma_loads']} | {', '.join(row['faults']) or 'none'} |",
+                  flush=True)
+    print("\nRoofline, a bound and not a measurement: the larger of FLOPs / peak and bytes / bandwidth, in "
+          "microseconds\n")
+    cards = [f"{name} (sm_{sm})" for sm, (name, _, _) in CARDS.items()]
+    print("| product | M, N, K | " + " | ".join(cards) + " |")
     print("|---|---|" + "---|" * len(CARDS))
     for name, (M, N, K) in DENSE.items():
         moved = M * K + N * K + 2 * M * N + 4 * K // 128 * (M + N // 128)
@@ -221,7 +230,7 @@ def print_compiled(sweep):
 
 def times(functions, repeats=20):
     """{name: function} -> {name: median seconds}, repeats interleaved, a cold L2 cache before each."""
-    flush = torch.empty(2**30, dtype=torch.int8, device="cuda")     # takes longer to fill than a kernel to be launched
+    flush = torch.empty(2**30, dtype=torch.int8, device="cuda")     # takes longer to fill than a launch
     spans = {name: [] for name in functions}
     for i in range(repeats + 3):
         for name, function in functions.items():
@@ -254,13 +263,15 @@ def bench_dense():
         if deep_gemm:
             run["DeepGEMM"] = lambda: deep_gemm.fp8_gemm_nt((a.q, a.s), (b.q[0], b.s[0]), out)
         t = times(run)
-        print(f"| {name} | {M}, {N}, {K} | {2 * M * N * K / t['ours'] / 1e12:.0f} | {t['bf16'] / t['ours']:.2f}x | "
+        print(f"| {name} | {M}, {N}, {K} | {2 * M * N * K / t['ours'] / 1e12:.0f} | "
+              f"{t['bf16'] / t['ours']:.2f}x | "
               f"{t['rowwise'] / t['ours']:.2f}x | "
               + (f"{t['DeepGEMM'] / t['ours']:.2f}x |" if deep_gemm else "not installed |"))
 
 
 def bench_grouped():
-    print("\n| grouped product | E, rows, N, K | gemm, TFLOP/s | vs bf16 grouped_mm | wgrad, TFLOP/s | vs bf16 |")
+    print("\n| grouped product | E, rows, N, K | gemm, TFLOP/s | vs bf16 grouped_mm | wgrad, TFLOP/s | "
+          "vs bf16 |")
     print("|---|---|---|---|---|---|")
     for name, (E, M, N, K) in GROUPED.items():
         ends = torch.arange(1, E + 1, device="cuda", dtype=torch.int32) * (M // E // 128 * 128)
@@ -282,7 +293,8 @@ def bench_quantizers():
     w = torch.randn(1, 7168, 16384, device="cuda")
     q, copy = fp8.quantize(x)[0], torch.empty_like(x)
     t = times({"copy": lambda: copy.copy_(x), "1x128": lambda: fp8.quantize(x),
-               "both ways": lambda: fp8.quantize(x, cols=True), "again, 128x1": lambda: fp8.quantize(q, False, True),
+               "both ways": lambda: fp8.quantize(x, cols=True),
+               "again, 128x1": lambda: fp8.quantize(q, False, True),
                "128x128, fp32": lambda: fp8.quantize_weight(w),
                "128x128, fp32, transposed": lambda: fp8.quantize_weight(w, transposed=True)})
     moved = {"copy": 4, "1x128": 3, "both ways": 4, "again, 128x1": 2, "128x128, fp32": 5,
@@ -295,8 +307,8 @@ def bench_quantizers():
 
 def bench_step():
     """Forward and backward of a dense and a MoE layer at the 16B model's shapes, 8192 tokens."""
-    config = dataclasses.replace(DeepSeekV3Config.preset("16b"), num_hidden_layers=2, num_nextn_predict_layers=0,
-                                 vocab_size=8192)
+    config = dataclasses.replace(DeepSeekV3Config.preset("16b"), num_hidden_layers=2,
+                                 num_nextn_predict_layers=0, vocab_size=8192)
     idx = torch.randint(config.vocab_size, (2, 4096), device="cuda")
     steps = {}
     for name in "bf16", "fp8":
@@ -312,13 +324,15 @@ def bench_step():
             model.zero_grad()
         steps[name] = step
     t = times(steps, repeats=10)
-    print(f"\nTwo layers of the 16b preset, {idx.numel()} tokens, forward and backward: bf16 {1e3 * t['bf16']:.1f} ms, "
-          f"fp8 {1e3 * t['fp8']:.1f} ms, {t['bf16'] / t['fp8']:.2f}x")
+    print(f"\nTwo layers of the 16b preset, {idx.numel()} tokens, forward and backward: "
+          f"bf16 {1e3 * t['bf16']:.1f} ms, fp8 {1e3 * t['fp8']:.1f} ms, {t['bf16'] / t['fp8']:.2f}x")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="without a GPU: every specialization, not one of each kind")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true",
+                        help="without a GPU: compile every specialization, not one of each kind")
     if not torch.cuda.is_available() or fp8.kernels_missing(torch.device("cuda")):
         if fp8.triton is None:
             sys.exit("bench_fp8.py: " + fp8.kernels_missing(torch.device("cpu")))

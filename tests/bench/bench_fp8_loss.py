@@ -2,11 +2,11 @@
 What FP8 does to the loss: training runs in BF16 and FP8 from the same seed over the same data, on a CPU by
 emulation.
 
-    python tests/bench/bench_fp8_loss.py --out_dir out-fp8      # about two hours on two cores; resumes if stopped
-    python tests/bench/bench_fp8_loss.py --log tests/results/fp8_loss.jsonl --plot fp8_loss.png     # earlier results
+    python tests/bench/bench_fp8_loss.py --out_dir out-fp8      # about two hours on two cores; resumes
+    python tests/bench/bench_fp8_loss.py --log tests/results/fp8_loss.jsonl --plot fp8_loss.png     # as kept
 
-Six arithmetics, three seeds each, 1000 steps of a model of 0.9M active parameters (the tiny preset with one more
-layer and eight more experts) with the report's optimizer, AdamW:
+Six arithmetics, three seeds each, 1000 steps of a model of 0.9M active parameters (the tiny preset with one
+more layer and eight more experts) with the report's optimizer, AdamW:
     bf16            autocast to bfloat16, the report's baseline
     fp8             its recipe: scales per 1x128 and 128x128, fp32 accumulation
     fp8_pow2        the same with scales that are powers of two
@@ -14,7 +14,7 @@ layer and eight more experts) with the report's optimizer, AdamW:
     per_tensor      one scale per matrix
     no_promotion    the recipe's scales, but sums kept to 14 bits all along K, as Hopper's tensor cores do by
                     themselves (emulated: the accumulator is truncated after every 32 products)
-Prints, and plots, the relative error of the training loss against the bf16 run of the same seed, both smoothed.
+Prints, and plots, the relative error of the training loss against the bf16 run of the same seed, smoothed.
 """
 
 import argparse
@@ -33,9 +33,10 @@ from runs import finished, pyplot, read_log, train_all  # noqa: E402
 
 SHAPE = dict(num_hidden_layers=4, moe_intermediate_size=64, n_routed_experts=16, num_experts_per_tok=4,
              n_group=4, topk_group=2)
+# flags of train.py
 EMULATED = dict(dtype="bfloat16", fp8=True)
 VARIANTS = {"bf16": dict(dtype="bfloat16"), "fp8": EMULATED, "fp8_pow2": EMULATED | dict(fp8_pow2=True),
-            "fp32": dict(dtype="float32"), "per_tensor": EMULATED, "no_promotion": EMULATED}    # flags of train.py
+            "fp32": dict(dtype="float32"), "per_tensor": EMULATED, "no_promotion": EMULATED}
 SMOOTHING = 0.95    # of the exponential moving average over steps
 
 
@@ -105,12 +106,13 @@ def smooth(x):
 def report(path):
     """The table, and {variant: relative errors (seeds, steps)}."""
     kept = [json.loads(line) for line in path.read_text().splitlines()]
-    logs = {variant: {} for variant in VARIANTS}        # {variant: {seed: (training losses, validation loss)}}
+    logs = {variant: {} for variant in VARIANTS}    # {variant: {seed: (training losses, validation loss)}}
     for run in kept:
         variant, seed = run["run"].rsplit("-", 1)
         logs[variant][seed] = np.array(run["main_loss"]), run["val_loss"]
     errors = {}
-    print("| arithmetic | mean relative loss error | largest, after step 100 | validation loss | against bf16 |")
+    print("| arithmetic | mean relative loss error | largest, after step 100 | validation loss | "
+          "against bf16 |")
     print("|---|---|---|---|---|")
     for variant in VARIANTS:
         pairs = [(log, logs["bf16"][seed]) for seed, log in logs[variant].items() if seed in logs["bf16"]]
@@ -145,7 +147,8 @@ def plot(errors, path):
 def main():
     if sys.argv[1:2] == ["--one"]:      # a process of ours
         return train_one(sys.argv[2], sys.argv[3:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", type=Path, default=Path("out-fp8"))
     parser.add_argument("--data_dir", default="data/stdlib")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
