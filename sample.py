@@ -94,18 +94,14 @@ def generate_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top
     the MTP modules and verify with the main model; None: where the model has such modules. stats: a dict of
     the caller's in which "forwards", "drafted" and "accepted" are counted up.
     """
+    model.check_prompt(idx, max_new_tokens)
     B, T = idx.shape
-    if T == 0:
-        raise ValueError("the prompt is empty: give at least one token, such as the document separator")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     depth = model.config.num_nextn_predict_layers
     if speculative and not depth:
         raise ValueError("speculative decoding needs an MTP module, and this model has none: "
                          "num_nextn_predict_layers=0")
     if speculative is False:
         depth = 0
-    model.check_tokens(idx, T + max_new_tokens)
     settings = temperature, top_k, top_p
     stop = torch.tensor(sorted(stop), dtype=torch.int64, device=idx.device)
     stats = {} if stats is None else stats
