@@ -490,14 +490,14 @@ def find_tensors(dir):
     stored = {}
     for file in files:
         path = dir / file
-        if file != path.name or not file.endswith(".safetensors"):
+        if file != path.name or not file.endswith(".safetensors") or not file.isprintable():
             raise ValueError(f"{index} names {file!r}, which is no safetensors file of its own folder")
         if path.is_file():
             with open_safetensors(path) as f:
                 for name in f.keys():
                     if name in stored:
                         first = stored[name].file.name
-                        raise ValueError(f"{dir} has {name} in two files, {first} and {file}")
+                        raise ValueError(f"{dir} has {name[:200]!r} in two files, {first} and {file}")
                     view = f.get_slice(name)
                     stored[name] = Stored(path, view.get_dtype(), tuple(view.get_shape()))
     lost = {file for file in files if not (dir / file).is_file()}
@@ -583,8 +583,8 @@ def load(cls, dir, dtype=None, device=None, **changes):
     config, stored = match_mtp(dir, config, stored, lost, quiet="num_nextn_predict_layers" in changes)
     layers, depth = config.num_hidden_layers, config.num_nextn_predict_layers
     experts, count = config.n_routed_experts, len(stored) + len(lost)
-    # a config of a hostile size is not even built on meta
-    if max(layers + depth, 3 * experts * (layers + depth - config.first_k_dense_replace)) > count:
+    moe_layers = max(layers - config.first_k_dense_replace, 0) + depth
+    if max(layers + depth, 3 * experts * moe_layers) > count:       # too much to build, even on meta
         raise ValueError(f"{dir} holds {count} tensors, too few for the {layers} layers, {depth} MTP modules "
                          f"and {experts} experts of its config.json")
     model = on_meta(cls, config, dir)
@@ -754,7 +754,7 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
         for file in reversed(texts):            # config.json comes last
             os.replace(dir / f"{file}.tmp", dir / file)
     finally:
-        for path in [*dir.glob("model-*.safetensors.tmp"), *(dir / f"{file}.tmp" for file in texts)]:
+        for path in [*dir.glob("model-[0-9]*.safetensors.tmp"), *(dir / f"{file}.tmp" for file in texts)]:
             path.unlink(missing_ok=True)
 
 
@@ -858,4 +858,4 @@ def replaced_classes(model):
 
 def is_foreign(thing):
     origin = (getattr(thing, "__module__", None) or "").split(".")[0]
-    return origin not in ("model", "fp8", "torch", "builtins", "dataclasses")
+    return origin not in ("model", "fp8", "torch", "builtins", "dataclasses", "")

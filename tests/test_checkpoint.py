@@ -591,6 +591,7 @@ def conf(**changes):
     (conf(num_nextn_predict_layers=2), ["missing model.layers.4"]),
     (conf(num_hidden_layers=2**31 - 1), ["too few for the 2147483647 layers"]),
     (conf(n_routed_experts=2**30, n_group=1, topk_group=1), ["too few"]),
+    (conf(n_routed_experts=2**30, n_group=1, first_k_dense_replace=2**30), ["too few"]),      # in the MTP module
     (conf(num_hidden_layers=60, n_routed_experts=40), ["too few"]),     # 3 matrices of 40 experts in each of 60 layers
     (put("evil\n\x1b[31m", torch.ones(1)), [r"unexpected 'evil\n\x1b[31m'"]),
     (put("x" * 10**5, torch.ones(1)), ["unexpected 'xxx"]),
