@@ -465,8 +465,11 @@ def read_rope(raw):
     theta = read_value("rope_theta", float, theta)
     if theta <= 1:
         raise ValueError(f"rope_theta must be over 1, got {theta}")
-    if rope.get("rope_type", rope.get("type", "default")) == "default":
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
+    if kind != "yarn" or rope.get("factor") is None:
+        raise ValueError(f"rope_scaling={repr(rope)[:200]} is not supported, only YaRN with a 'factor' is")
     fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
     if not 1e-3 < slow <= fast or rope.get("truncate", True) is not True:
         raise ValueError("rope_scaling must have 0.001 < beta_slow <= beta_fast, and not truncate=false, as "

@@ -16,20 +16,25 @@ from model import PRESETS, DeepSeekV3, DeepSeekV3Config
 
 
 RELEASED = {    # config.json of the released DeepSeek-V3, keys that don't concern the model included
-    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 0,
     "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
-    "initializer_range": 0.02, "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+    "initializer_range": 0.02, "intermediate_size": 18432, "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
     "model_type": "deepseek_v3", "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8,
     "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128,
-    "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1,
+    "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
     "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
     "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
                             "weight_block_size": [128, 128]},
     "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
                                             "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
                                             "type": "yarn"},
-    "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False,
-    "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "use_cache": True, "v_head_dim": 128,
+    "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "use_cache": True,
+    "v_head_dim": 128,
     "vocab_size": 129280}
 
 
@@ -65,10 +70,12 @@ def test_transformers_5_form_reads_the_same(tmp_path):
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ({"rope_scaling": None, "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
     ({"rope_scaling": None, "rope_parameters": {"type": "linear", "factor": 2}}, "'linear'"),
-    ({"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "'full_attention'"),
+    ({"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+     "'full_attention'"),
     ({"rope_scaling": None, "rope_parameters": False}, "rope_parameters must be a JSON object, got False"),
     ({"rope_scaling": {"type": "yarn", "factor": None}}, "'factor'"),
-    ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 32}}, "0.001 < beta_slow <= beta_fast"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 32}},
+     "0.001 < beta_slow <= beta_fast"),
     ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_slow": 1e-308}}, "0.001 < beta_slow"),
     ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale_all_dim": 1e308}}, "'mscale_all_dim'"),
     ({"rope_scaling": {"type": "yarn", "factor": 10**400}}, "'factor'"),
@@ -109,8 +116,10 @@ V3_YARN = {k: v for k, v in RELEASED["rope_scaling"].items() if k != "type"}
 
 
 @pytest.mark.parametrize("changes, scaling, theta", [
-    ({"rope_parameters": {**V3_YARN, "type": "yarn"}, "rope_scaling": None}, {**V3_YARN, "type": "yarn"}, 10000),
-    ({"rope_parameters": {**V3_YARN, "rope_type": "yarn", "factor": 4}}, RELEASED["rope_scaling"], 10000),     # both
+    ({"rope_parameters": {**V3_YARN, "type": "yarn"}, "rope_scaling": None}, {**V3_YARN, "type": "yarn"},
+     10000),
+    # both forms
+    ({"rope_parameters": {**V3_YARN, "rope_type": "yarn", "factor": 4}}, RELEASED["rope_scaling"], 10000),
     ({"rope_scaling": {**V3_YARN, "type": "yarn", "rope_theta": 333}}, {**V3_YARN, "type": "yarn"}, 333),
     ({"rope_scaling": {"type": "yarn", "factor": 4}, "original_max_position_embeddings": 16},
      {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16}, 10000),
@@ -132,8 +141,10 @@ def test_rope_is_read_as_transformers_reads_it(tmp_path, changes, scaling, theta
     assert not scaling or {k: theirs[k] for k in scaling} == scaling
 
 
-MOONLIGHT = {"model_type": "deepseek_v3", "q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2,
-             "aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "num_nextn_predict_layers": 0, "rope_scaling": None,
+MOONLIGHT = {"model_type": "deepseek_v3", "q_lora_rank": None, "n_group": 1, "topk_group": 1,
+             "n_shared_experts": 2,
+             "aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "num_nextn_predict_layers": 0,
+             "rope_scaling": None,
              "quantization_config": None}
 GLM_FLASH = {"model_type": "glm4_moe_lite", "n_group": 1, "topk_group": 1, "partial_rotary_factor": 1.0,
              "rope_scaling": None, "rope_theta": 1000000, "rms_norm_eps": 1e-05, "first_k_dense_replace": 1,
@@ -142,7 +153,8 @@ GLM_FLASH = {"model_type": "glm4_moe_lite", "n_group": 1, "topk_group": 1, "part
 
 @pytest.mark.parametrize("changes, fields", [
     (MOONLIGHT, dict(q_lora_rank=None, n_shared_experts=2, num_nextn_predict_layers=0)),
-    ({"model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "n_routed_experts": 384}, dict(n_routed_experts=384)),
+    ({"model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "n_routed_experts": 384},
+     dict(n_routed_experts=384)),
     ({"quantization_config": RELEASED["quantization_config"] | {"scale_fmt": "ue8m0"}}, {}),       # V3.1
     (GLM_FLASH, dict(first_k_dense_replace=1, rope_theta=1e6, num_nextn_predict_layers=1)),
     (GLM_FLASH | {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 60, "first_k_dense_replace": 9},
@@ -157,7 +169,8 @@ def test_models_of_the_family_are_read(tmp_path, changes, fields):
 
 def test_absent_keys_have_the_defaults_of_their_model_type(tmp_path):
     """Those of transformers' classes, where it is installed."""
-    absent = ("n_group", "topk_group", "num_experts_per_tok", "routed_scaling_factor", "first_k_dense_replace",
+    absent = ("n_group", "topk_group", "num_experts_per_tok", "routed_scaling_factor",
+              "first_k_dense_replace",
               "rms_norm_eps", "max_position_embeddings", "norm_topk_prob", "rope_theta", "rope_scaling")
     raw = {k: v for k, v in RELEASED.items() if k not in absent}
     for kind, name in ("deepseek_v3", "DeepseekV3Config"), ("glm4_moe_lite", "Glm4MoeLiteConfig"):
@@ -208,11 +221,13 @@ def test_671b_counts_exactly():
 def test_counts_agree_with_a_model_that_exists(make_model):
     model = make_model(num_nextn_predict_layers=2)
     everything = sum(p.numel() for p in model.parameters())
-    mtp = sum(p.numel() for name, p in model.named_parameters() if ".layers.3." in name or ".layers.4." in name)
+    mtp = sum(p.numel() for name,
+              p in model.named_parameters() if ".layers.3." in name or ".layers.4." in name)
     assert model.num_params(mtp=True) == everything and model.num_params() == everything - mtp
     one_expert = 3 * 48 * 32
     assert model.num_params() - model.num_params(active=True) == 2 * (12 - 3) * one_expert
-    assert make_model(tie_word_embeddings=True, num_nextn_predict_layers=2).num_params() == everything - mtp - 61 * 48
+    assert make_model(tie_word_embeddings=True,
+                      num_nextn_predict_layers=2).num_params() == everything - mtp - 61 * 48
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -223,9 +238,12 @@ def test_flops_count_the_matrix_products(make_model, tied):
     with FlopCounterMode(display=False) as counter:
         model(torch.randint(0, 61, (1, T)))
     seen = counter.get_total_flops()
-    seen -= 2 * 3 * 3 * (20 + 28) * (T * T - T * (T + 1) // 2)     # torch counts the masked half of attention as well,
-    seen -= 2 * 2 * T * 3 * 48                                      # and the weighted sum over a token's experts,
-    seen += 2 * 2 * T * 3 * (3 * 48 * 32)                           # but not grouped_mm: 2 layers, 3 experts a token
+    # torch counts the masked half of attention as well,
+    seen -= 2 * 3 * 3 * (20 + 28) * (T * T - T * (T + 1) // 2)
+    # and the weighted sum over a token's experts,
+    seen -= 2 * 2 * T * 3 * 48
+    # but not grouped_mm: 2 layers, 3 experts a token
+    seen += 2 * 2 * T * 3 * (3 * 48 * 32)
     assert model.flops_per_token(T) * T / 3 == seen
     with_mtp = make_model(num_nextn_predict_layers=1, tie_word_embeddings=tied)
     extra = with_mtp.num_params(active=True, mtp=True) - with_mtp.num_params(active=True) - (20 + 16 + 5 * 48)

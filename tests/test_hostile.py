@@ -1,4 +1,4 @@
-"""Files and prompts from anywhere: each is read, or refused in one sentence; none executes code, hangs or eats memory."""
+"""Files and prompts from anywhere are read or refused in one sentence; none runs code or eats memory."""
 
 import base64
 import contextlib
@@ -25,9 +25,12 @@ from test_checkpoint import CL100K, config_json, released, toy_ranks, write
 from test_data import bpe_json, sequence, split_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ABSURD = [None, True, False, 0, 1, -1, 2, 3, 7, 2**15, 2**30, 2**31 - 1, 2**31, 2**62, 10**30, -2**31, 0.5, 1.5, -0.0, 1e-320, 1e308,
-          float("nan"), float("inf"), "", "8", "yarn", "deepseek_v3", [], [8], {}, {"type": "yarn"}, {"a": {"b": [{}]}},
-          {"type": "yarn", "factor": 1e308}, {"type": "yarn", "factor": "4"}, {"rope_type": "yarn", "factor": 4, "beta_fast": 0},
+ABSURD = [None, True, False, 0, 1, -1, 2, 3, 7, 2**15, 2**30, 2**31 - 1, 2**31, 2**62, 10**30, -2**31, 0.5,
+          1.5, -0.0, 1e-320, 1e308,
+          float("nan"), float("inf"), "", "8", "yarn", "deepseek_v3", [], [8], {}, {"type": "yarn"},
+          {"a": {"b": [{}]}},
+          {"type": "yarn", "factor": 1e308}, {"type": "yarn", "factor": "4"},
+          {"rope_type": "yarn", "factor": 4, "beta_fast": 0},
           {"rope_type": "yarn", "rope_theta": None}, "a\nb" * 400]
 
 
@@ -99,7 +102,7 @@ def test_absurd_configs(tmp_path, make_model):
 
 
 def test_absurd_configs_with_weights(tmp_path, make_model):
-    """150 folders whose config.json asks for another model than the tensors make, be it as large as it wants."""
+    """150 folders whose config.json describes another model than the tensors, of any size."""
     rng, accepted, model = random.Random(1), 0, make_model(num_hidden_layers=2)
     raw = config_json(model.config)
     write(tmp_path, released(model), raw)
@@ -109,8 +112,9 @@ def test_absurd_configs_with_weights(tmp_path, make_model):
         (tmp_path / "config.json").write_text(json.dumps(case))
         accepted += one_sentence(lambda: DeepSeekV3.from_pretrained(tmp_path), case)
     assert 10 < accepted < 140
-    for name, value in ("hidden_size", 2**30), ("num_nextn_predict_layers", 2**31 - 1), ("num_hidden_layers", 2**31 - 1), (
-            "vocab_size", 2**31 - 1), ("n_shared_experts", 2**31 - 1), ("moe_intermediate_size", 2**31 - 1):
+    for name in ("hidden_size", "num_nextn_predict_layers", "num_hidden_layers", "vocab_size",
+                 "n_shared_experts", "moe_intermediate_size"):
+        value = 2**30 if name == "hidden_size" else 2**31 - 1
         (tmp_path / "config.json").write_text(json.dumps(raw | {name: value}))
         assert not one_sentence(lambda: DeepSeekV3.from_pretrained(tmp_path), (name, value))
 
@@ -123,7 +127,8 @@ def test_safetensors_headers_that_lie(tmp_path, make_model):
     good = file.read_bytes()
     length = struct.unpack("<Q", good[:8])[0]
     header, body = json.loads(good[8:8 + length]), good[8 + length:]
-    lies = [-1, 0, 1, 4, 2**31, 2**63 - 1, 2**64 - 1, 2**64, 10**30, 1.5, None, "F32", "BF16", "F8_E4M3", "I64", "BOOL", "F32x", [], [48],
+    lies = [-1, 0, 1, 4, 2**31, 2**63 - 1, 2**64 - 1, 2**64, 10**30, 1.5, None, "F32", "BF16", "F8_E4M3",
+            "I64", "BOOL", "F32x", [], [48],
             [0, 2**63], [8, 4], [-4, 0], [2**32, 2**32], {}, len(body), len(body) - 4]
     for i in range(1000):
         lie = mutate(header, rng, lies)
@@ -140,9 +145,12 @@ def test_safetensors_headers_that_lie(tmp_path, make_model):
 def test_hostile_tokenizer_files(tmp_path):
     """500 of each kind: ranks twice or missing, ids that clash, other types, patterns that are none."""
     rng, accepted = random.Random(3), {}
-    values = [None, True, -1, 0, 1, 255, 256, 257, 2**24, 2**64, 1.5, "", "a", "YQ==", "YWI=", "(", "(?:a*)*b", r"\s*", r"\p{Foo}", "[^",
-              "a{99999}", "\ud800", [], {}, ["a", "b"], ["ab", "c"], {"Regex": "(a|b"}, {"type": "Split"}, float("nan")]
-    trees = {"encoding": json.loads(encoding_to_json(build("toy", r"[\s\S]{1,8}", toy_ranks(280), {"<|endoftext|>": 400}))),
+    values = [None, True, -1, 0, 1, 255, 256, 257, 2**24, 2**64, 1.5, "", "a", "YQ==", "YWI=", "(",
+              "(?:a*)*b", r"\s*", r"\p{Foo}", "[^",
+              "a{99999}", "\ud800", [], {}, ["a", "b"], ["ab", "c"], {"Regex": "(a|b"}, {"type": "Split"},
+              float("nan")]
+    trees = {"encoding": json.loads(encoding_to_json(build("toy", r"[\s\S]{1,8}", toy_ranks(280),
+                                                           {"<|endoftext|>": 400}))),
              "bpe": bpe_json(), "split": bpe_json(pre_tokenizer=sequence(split_json(CL100K)))}
     for kind, tree in trees.items():
         accepted[kind] = 0
@@ -158,8 +166,11 @@ def test_hostile_tokenizer_files(tmp_path):
         case = list(lines)
         for _ in range(rng.randrange(1, 4)):
             j, k = rng.randrange(len(case)), rng.randrange(len(case))
-            case[j] = rng.choice([case[k], b"", b" ", case[j].split()[0] + b" " + rng.choice([b"-1", b"9" * 30, b"1e3", b"300", b"\xff"]),
-                                  case[j][:rng.randrange(9)], b"\0" * 9, b"YWI= 299", case[k].split()[0] + b" 7" if case[k].split() else b""])
+            case[j] = rng.choice([case[k], b"", b" ",
+                                  case[j].split()[0] + b" "
+                                  + rng.choice([b"-1", b"9" * 30, b"1e3", b"300", b"\xff"]),
+                                  case[j][:rng.randrange(9)], b"\0" * 9, b"YWI= 299",
+                                  case[k].split()[0] + b" 7" if case[k].split() else b""])
         (tmp_path / "x.tiktoken").write_bytes(b"\n".join(case))
         accepted["tiktoken"] += one_sentence(lambda: get_tokenizer(tmp_path / "x.tiktoken"), case)
     assert all(n < 475 for n in accepted.values()), accepted
@@ -169,9 +180,11 @@ def test_prompts_of_any_bytes(tmp_path):
     """2,000 of them, as an argument and as a file, through two tokenizers."""
     rng, accepted = random.Random(4), 0
     encs = [get_tokenizer("bytes"), build("toy", CL100K, toy_ranks(), {"<|endoftext|>": 900})]
-    words = [b"<|endoftext|>", b"<|", b"\xff", b"\xf0\x9f\x91", "👩\u200d🚀".encode(), b"\0", b" " * 50, b"\r\n", b"abc", b"\xed\xa0\x80", b""]
+    words = [b"<|endoftext|>", b"<|", b"\xff", b"\xf0\x9f\x91", "👩\u200d🚀".encode(), b"\0", b" " * 50,
+             b"\r\n", b"abc", b"\xed\xa0\x80", b""]
     for i in range(2000):
-        raw = b"".join(rng.choice(words) if rng.random() < 0.5 else rng.randbytes(rng.randrange(4)) for _ in range(rng.randrange(12)))
+        raw = b"".join(rng.choice(words) if rng.random() < 0.5 else rng.randbytes(rng.randrange(4))
+                       for _ in range(rng.randrange(12)))
         enc = encs[i % 2]
         if i % 3:
             text = os.fsdecode(raw)     # as sys.argv has it: what is no UTF-8 becomes lone surrogates
@@ -179,12 +192,14 @@ def test_prompts_of_any_bytes(tmp_path):
         else:
             (tmp_path / "prompt").write_bytes(raw)
             text = f"FILE:{tmp_path / 'prompt'}"
-        accepted += one_sentence(lambda: sample.prompt_tokens(sample.read_text("--prompt", text), enc, Ends(0, (0,), i % 5 == 0)), raw)
+        accepted += one_sentence(lambda: sample.prompt_tokens(sample.read_text("--prompt", text), enc,
+                                                              Ends(0, (0,), i % 5 == 0)), raw)
     assert 200 < accepted < 1900
-    one_sentence(lambda: sample.prompt_tokens(" " * 1_000_000 + "a", encs[1], Ends(0, (0,), False)), "a million spaces")
+    one_sentence(lambda: sample.prompt_tokens(" " * 1_000_000 + "a", encs[1], Ends(0, (0,), False)),
+                 "a million spaces")
 
 
-# --------------------------------------------------------------------------------------------------- run checkpoints
+# -------------------------------------------------------------------------------------------- run checkpoints
 
 class Gadget:
     """What pickles to a call."""
@@ -199,9 +214,12 @@ class Gadget:
 def test_pickles_are_refused_wherever_they_hide(tmp_path):
     """With a checksum that is right, as whoever wrote the file can compute it."""
     mark = tmp_path / "executed"
-    gadgets = [Gadget(os.system, f"touch {mark}"), Gadget(eval, f"open({str(mark)!r}, 'w')"), Gadget(exec, f"open({str(mark)!r}, 'w')"),
-               Gadget(Path.touch, mark), Gadget(open, str(mark), "w"), Gadget(torch.load, str(mark)), Gadget(getattr, Path, "touch"),
-               Gadget(torch.hub.load, "x", "y"), Gadget(pickle.loads, pickle.dumps(Gadget(os.mkdir, str(mark))))]
+    gadgets = [Gadget(os.system, f"touch {mark}"), Gadget(eval, f"open({str(mark)!r}, 'w')"),
+               Gadget(exec, f"open({str(mark)!r}, 'w')"),
+               Gadget(Path.touch, mark), Gadget(open, str(mark), "w"), Gadget(torch.load, str(mark)),
+               Gadget(getattr, Path, "touch"),
+               Gadget(torch.hub.load, "x", "y"), Gadget(pickle.loads,
+                                                        pickle.dumps(Gadget(os.mkdir, str(mark))))]
     path = tmp_path / "ckpt.pt"
     good = {"model": {}, "config": {}, "train_config": {}, "encoding": "", "step": 1}
     for gadget in gadgets:
@@ -218,19 +236,25 @@ def test_pickles_are_refused_wherever_they_hide(tmp_path):
 def test_checkpoints_with_absurd_contents(tmp_path, make_model):
     """120 with the right checksum and anything inside, sampled from and resumed from."""
     model, rng, accepted = make_model(vocab_size=320, num_hidden_layers=2), random.Random(5), 0
-    good = {"config": checkpoint.dataclasses.asdict(model.config), "encoding": encoding_to_json(get_tokenizer("bytes")), "step": 1,
-            "samples": 4, "skipped": 0, "sequences_per_step": 4, "meta": {}, "train_config": train.dataclasses.asdict(
-                train.TrainConfig(block_size=32, batch_size=4, max_iters=1, learning_rate=1e-3, eval_interval=1))}
+    good = {"config": checkpoint.dataclasses.asdict(model.config),
+            "encoding": encoding_to_json(get_tokenizer("bytes")), "step": 1,
+            "samples": 4, "skipped": 0, "sequences_per_step": 4, "meta": {},
+            "train_config": train.dataclasses.asdict(
+                train.TrainConfig(block_size=32, batch_size=4, max_iters=1, learning_rate=1e-3,
+                                  eval_interval=1))}
     for i in range(120):
         state = mutate(good, rng)
         if isinstance(state, dict):
-            state |= {"meta": {"separator": 256}, "model": model.state_dict(), "optimizers": [], "rng_state": torch.get_rng_state()}
+            state |= {"meta": {"separator": 256}, "model": model.state_dict(), "optimizers": [],
+                      "rng_state": torch.get_rng_state()}
             if i % 4 == 0:
                 name = rng.choice(list(state["model"]))
-                state["model"] = {**state["model"], name: rng.choice([torch.zeros(3), torch.zeros(0), 1, None, "x"])}
+                state["model"] = {**state["model"],
+                                  name: rng.choice([torch.zeros(3), torch.zeros(0), 1, None, "x"])}
         with open(tmp_path / "ckpt.pt", "wb") as f:
             checkpoint.save_summed(state, f)
-        accepted += one_sentence(lambda: sample.load(tmp_path, "cpu"), {k: v for k, v in state.items() if k != "model"})
+        accepted += one_sentence(lambda: sample.load(tmp_path, "cpu"),
+                                 {k: v for k, v in state.items() if k != "model"})
         with pytest.raises(SystemExit) as e, contextlib.redirect_stdout(None):
             train.main(["--resume", "--out_dir", str(tmp_path), "--data_dir", str(tmp_path / "ckpt.pt")])
         assert str(e.value.code).startswith("train.py: ") and "\n" not in str(e.value.code)
