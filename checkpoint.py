@@ -1,13 +1,13 @@
 """
-The files of a run of train.py, and released checkpoints: those of DeepSeek-V3 and its kin on the Hugging Face Hub.
+The files of a run of train.py, and released checkpoints: DeepSeek-V3 and its kin on the Hugging Face Hub.
 
-A run's OUT/ckpt.pt is what torch.save writes, and behind that its CRC-32, which torch.load doesn't mind. It is checked
-before the file takes the place of the one before it, and again whenever it is used.
+A run's OUT/ckpt.pt is one dict, written by torch.save: the same for one process, DDP and FSDP. Its checksums
+are verified before it replaces the file before it, and again whenever it is read.
 
-A released folder holds config.json and model.safetensors, or shards of it with model.safetensors.index.json. Beside
-model.py's stacked experts there are three things to know: each expert is a tensor by itself; the MTP modules, layers
-num_hidden_layers and up, repeat embedding and head; and `weight` may be FP8 with a `weight_scale_inv` for each 128x128
-block, which multiplies. Use it as DeepSeekV3.from_pretrained and save_pretrained.
+A released folder holds config.json and model.safetensors, or shards of it with model.safetensors.index.json.
+It differs from model.py in three things: each expert is a tensor by itself; the MTP modules, layers
+num_hidden_layers and up, repeat embedding and head; and `weight` may be FP8 with a `weight_scale_inv` for
+each 128x128 block, which multiplies. Use it as DeepSeekV3.from_pretrained and save_pretrained.
 """
 
 import argparse
@@ -23,8 +23,8 @@ import shutil
 import sys
 import tempfile
 import time
-import warnings
-import zlib
+import zipfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ try:
 except ImportError:     # not a Unix: there, nothing keeps a second process out of a run's folder
     fcntl = None
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # What the scripts share
 
 class Parser(argparse.ArgumentParser):
@@ -51,13 +51,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         flags, words = list(self._option_string_actions), message.split()
         given = [word.split("=")[0].rstrip(":,") for word in words if word.startswith("-")]
-        close = [flag for word in given if word not in flags for flag in difflib.get_close_matches(word, flags, 1)]
+        close = [flag for word in given if word not in flags
+                 for flag in difflib.get_close_matches(word, flags, 1)]
         hint = f"did you mean {', '.join(close)}?" if close else "--help lists the flags"
         self.exit(2, f"{self.prog}: {' '.join(words)[:300]}; {hint}\n")
 
 
 def pick_device(name="auto"):
-    """--device -> torch.device; under torchrun, which counts a machine's processes, each has a GPU of its own."""
+    """--device -> torch.device; under torchrun, each of a machine's processes has a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     local_rank = os.environ.get("LOCAL_RANK")
@@ -78,16 +79,20 @@ def has_bf16(device):
     """Whether a device computes in bfloat16 itself: not all do, and emulation is slow."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and has_units
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Runs
+
+FORMAT = 2      # of ckpt.pt
+
 
 @contextlib.contextmanager
 def sole_process(out_dir):
-    """Holds OUT/lock, so that two processes never mix their files in one folder. The kernel releases it whatever the
-    process dies of: a lock file that was left over means nothing. ValueError if another process holds it."""
+    """Holds OUT/lock, so that two processes never mix their files in one folder. The kernel releases the lock
+    however the process ends: a leftover file means nothing. ValueError if another process holds it."""
     new = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
     with open(out_dir / "lock", "w") as f:
@@ -95,8 +100,8 @@ def sole_process(out_dir):
             if fcntl:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is training in {out_dir}; let it end, or choose another --out_dir"
-                             ) from None
+            raise ValueError(f"another process is training in {out_dir}; let it end, or choose another "
+                             "--out_dir") from None
         try:
             yield
         finally:
@@ -111,17 +116,13 @@ def writing(path):
     try:
         yield
     except OSError as e:
-        raise OSError(cannot_write(path, e.strerror or e)) from None
-
-
-def cannot_write(path, reason):
-    return (f"{path} can't be written ({reason}); what was there before is intact: make room, then go on with --resume, or "
-            "start again if there is no checkpoint yet")
+        raise OSError(f"{path} can't be written ({e.strerror or e}); what was there is intact: make room, "
+                      "then continue with --resume, or start again if there is no checkpoint yet") from None
 
 
 def write_atomically(path, write, check=lambda path: None, keep_as=None):
-    """write(file) into a temporary file beside path, then rename: a reader finds the old file or the new, never half.
-    The new one takes its place after check(its path); the old one stays under the name keep_as."""
+    """write(file) into a temporary file beside path, check(its path), then rename: a reader finds the old
+    file or the new one, never half of it. The old file stays under the name keep_as."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with writing(path):
@@ -132,188 +133,133 @@ def write_atomically(path, write, check=lambda path: None, keep_as=None):
             check(temporary)
             if keep_as and path.exists():
                 os.replace(path, keep_as)
-            os.replace(temporary, path)     # killed just before: path is missing, keep_as is there
+            os.replace(temporary, path)     # after a kill just before this, there is only keep_as
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_run(out_dir, state):
-    """OUT/ckpt.pt, proven readable; the one before it stays as OUT/ckpt.prev.pt."""
-    write_atomically(out_dir / "ckpt.pt", lambda f: save_summed(state, f), check_sum, out_dir / "ckpt.prev.pt")
+def save_run(out_dir, run):
+    """Write a run's dict to OUT/ckpt.pt and read it back; the file before it stays as OUT/ckpt.prev.pt."""
+    write_atomically(out_dir / "ckpt.pt", partial(torch_save, run), check_zip, out_dir / "ckpt.prev.pt")
 
 
-def keep_best(out_dir):
-    """OUT/ckpt.pt (or, where --resume went back to it, OUT/ckpt.prev.pt) under the name OUT/best.pt too: the same file,
-    whatever becomes of its first name, where the file system has hard links, else a copy."""
-    path, previous, best, temporary = (out_dir / name for name in ("ckpt.pt", "ckpt.prev.pt", "best.pt", "best.pt.tmp"))
-    path = path if path.exists() else previous
+def torch_save(run, file):
     try:
-        temporary.unlink(missing_ok=True)
-        os.link(path, temporary)
-        os.replace(temporary, best)
-    except OSError:
-        with open(path, "rb") as f:
-            write_atomically(best, lambda copy: shutil.copyfileobj(f, copy), check_sum)
-    finally:
-        temporary.unlink(missing_ok=True)       # it stays where both are the same file already
-
-
-def save_shards(out_dir, state, model, optimizer):
-    """The like of save_run for a sharded model, called by all ranks: a folder OUT/ckpt, and OUT/ckpt.prev. Tensors go into
-    safetensors by torch.distributed.checkpoint (whose own format has pickles), state and checksums into run.pt."""
-    from torch.distributed import checkpoint as dcp     # half a second that only sharded runs need
-    path, previous, temporary = (out_dir / name for name in ("ckpt", "ckpt.prev", "ckpt.tmp"))
-    rank, sums = dist.get_rank(), [None] * dist.get_world_size()
-    try:
-        with writing(path):
-            if rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
-            dist.barrier()
-            dcp.save(shards(model, optimizer),
-                     storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-            own = {}
-            for file in temporary.glob(f"shard-{rank + 1:05}-*"):
-                with open(file, "rb+") as f:
-                    os.fsync(f.fileno())
-                own[file.name] = crc32(file)
-            dist.all_gather_object(sums, own)
-            if rank == 0:
-                write_atomically(temporary / "run.pt", lambda f: save_summed(
-                    {**state, "sums": {k: v for part in sums for k, v in part.items()}}, f), check_sum)
-                shutil.rmtree(previous, ignore_errors=True)
-                if path.exists():
-                    os.replace(path, previous)
-                os.replace(temporary, path)     # killed just before: path is missing, previous is there
-    except dcp.CheckpointException as e:        # on all ranks, whichever it was that failed
-        reason = " ".join(str(next(iter(e.failures.values()))[0]).split())[:200]
-        raise OSError(cannot_write(path, reason)) from None
-    finally:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def load_shards(path, model, optimizer=None):
-    """Fill model and optimizer from a folder of save_shards, whatever the number of ranks that wrote it or read it."""
-    from torch.distributed import checkpoint as dcp
-    for p in model.parameters() if optimizer else ():
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # that it is one process that reads
-        dcp.load(shards(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))      # in place
-
-
-def shards(model, optimizer):
-    tensors = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]       # is the embedding
-    for name, p in model.named_parameters() if optimizer else ():
-        tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[p].items()}
-    return tensors
-
-
-def load_run(out_dir):
-    """-> the newest good checkpoint of a run and its path: OUT/ckpt.pt or, where that is damaged or a kill came between
-    two renames, OUT/ckpt.prev.pt; of a sharded run OUT/ckpt or OUT/ckpt.prev. ValueError if there is none."""
-    suffix = "" if (out_dir / "ckpt").is_dir() or (out_dir / "ckpt.prev").is_dir() else ".pt"
-    path, previous = out_dir / f"ckpt{suffix}", out_dir / f"ckpt.prev{suffix}"
-    try:
-        return load_checkpoint(path), path
-    except ValueError as e:
-        if not previous.exists():
-            raise
-        try:
-            return load_checkpoint(previous), previous
-        except ValueError:
-            raise ValueError(f"{e}; {previous}, the one before it, is damaged too") from None
-
-
-def set_aside(previous, ckpt):
-    """Move what is damaged out of the way, lest it displace the good checkpoint before it at the next save."""
-    path = previous.with_name(previous.name.replace(".prev", ""))
-    print(f"{path} is damaged or missing: going on from the one before it, {previous}, of step {ckpt['step']}")
-    if path.exists():
-        damaged = previous.with_name(previous.name.replace(".prev", ".damaged"))
-        shutil.rmtree(damaged, ignore_errors=True)
-        os.replace(path, damaged)
-
-
-class SummedFile:
-    """Writes through to a file, and keeps the CRC-32 of all that was written."""
-
-    def __init__(self, file):
-        self.file, self.crc = file, 0
-
-    def write(self, part):
-        self.crc = zlib.crc32(part, self.crc)
-        return self.file.write(part)
-
-    def flush(self):
-        self.file.flush()
-
-
-def save_summed(state, file):
-    """torch.save, and the checksum behind it."""
-    summed = SummedFile(file)
-    try:
-        torch.save(state, summed)
-    except RuntimeError as e:       # what torch's zip writer makes of an OSError from write
+        torch.save(run, file)
+    except RuntimeError as e:       # torch's zip writer turns an OSError of file.write into this
         raise e.__context__ if isinstance(e.__context__, OSError) else e
-    file.write(b"crc32:%08x" % summed.crc)
 
 
-def check_sum(path):
-    """OSError unless a file holds what save_summed wrote."""
-    with open(path, "rb") as f:
-        f.seek(max(path.stat().st_size - 14, 0))
-        stored = f.read()
-    if stored != b"crc32:%08x" % crc32(path, path.stat().st_size - 14):
-        raise OSError("its checksum is wrong")
-
-
-def crc32(path, size=None):
-    """CRC-32 of a file, or of its first `size` bytes: a second for a GB or two."""
-    crc, left = 0, path.stat().st_size if size is None else size
-    with open(path, "rb") as f:
-        while left > 0 and (chunk := f.read(min(left, 2**24))):
-            crc, left = zlib.crc32(chunk, crc), left - len(chunk)
-    return crc
-
-
-def load_checkpoint(path):
-    """-> the dict of save_run, on the CPU; of save_shards, with the folder under "shards" in place of the tensors. No
-    pickled code is executed. ValueError if it can't be used."""
-    if not path.exists():
-        raise ValueError(f"there is no checkpoint {path}; start a run without --resume first")
-    file = path / "run.pt" if path.is_dir() else path
+def check_zip(path):
+    """OSError if a bit of a tensor has flipped: torch.save writes a zip file, whose entries have CRC-32
+    checksums, but torch.load does not look at them."""
     try:
-        check_sum(file)
-        ckpt = torch.load(file, map_location="cpu", weights_only=True)
-        for name, crc in ckpt["sums"].items() if path.is_dir() else ():
-            if crc32(path / name) != crc:
-                raise OSError(f"{name} has changed")
+        with zipfile.ZipFile(path) as f:
+            damaged = f.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as e:
+        raise OSError(f"no valid zip file: {e}") from None
+    if damaged:
+        raise OSError(f"{damaged} fails its checksum")
+
+
+def keep_best(path):
+    """A copy of a checkpoint as best.pt."""
+    with open(path, "rb") as f:
+        write_atomically(path.with_name("best.pt"), partial(shutil.copyfileobj, f), check_zip)
+
+
+def load_run(path):
+    """-> the dict that save_run wrote, with tensors on the CPU and under "path" the file it came from.
+
+    path: such a file, or the folder of a run, whose newest good checkpoint is taken: ckpt.pt, or ckpt.prev.pt
+    where that is damaged, or missing after a kill between two renames. No pickled code is executed.
+    ValueError if there is none.
+    """
+    path = Path(path)
+    if (path / "ckpt").is_dir() or (path / "run.pt").exists():
+        raise ValueError(f"{path} holds the sharded checkpoint of an older train.py, which can't be read; "
+                         "start a new run in another --out_dir")
+    if not path.is_dir():
+        try:
+            return read_run(path)
+        except OSError as e:
+            raise ValueError(e) from None
+    newest, previous = path / "ckpt.pt", path / "ckpt.prev.pt"
+    try:
+        return read_run(newest)
+    except OSError as e:
+        if not previous.exists():
+            raise ValueError(e) from None
+        try:
+            run = read_run(previous)
+        except OSError:
+            raise ValueError(f"{e}; {previous}, the one before it, is damaged too") from None
+    step = run["state"]["step"]
+    print(f"{newest} is damaged or missing: using the one before it, {previous}, of step {step}",
+          file=sys.stderr)
+    return run
+
+
+def read_run(path):
+    """load_run of a file. OSError if it is damaged, ValueError if it is no checkpoint of this train.py."""
+    if not path.exists():
+        raise OSError(f"there is no checkpoint {path}; train without --resume first")
+    try:
+        check_zip(path)
+        # under torchrun the ranks of a machine share one mapping of the file, and read only what they use
+        run = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
     except Exception as e:      # torch.load raises whatever the damaged bytes lead to
         reason = " ".join(str(e).split())[:100] or type(e).__name__
-        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}); restore it from a copy, or start a new run "
-                         "in another --out_dir") from None
-    kinds = {"config": dict, "train_config": dict, "meta": dict, "encoding": str, "step": int, "samples": int,
-             "skipped": int, "sequences_per_step": int}
-    if not isinstance(ckpt, dict) or any(type(ckpt.get(key)) is not kind for key, kind in kinds.items()):
-        raise ValueError(f"{path} is not a checkpoint of train.py; start a new run in another --out_dir")
-    if path.is_dir():
-        return ckpt | {"shards": path}
-    try:        # before any memory is spent: do the weights fit the config?
-        config = DeepSeekV3Config(**ckpt["config"])
-        if config.num_hidden_layers + config.num_nextn_predict_layers > len(ckpt["model"]):
-            raise ValueError("too few tensors")
-        # a dict of its own, as assign=True leaves a mark in a state_dict's metadata that makes the next load assign too
-        model = on_meta(DeepSeekV3, config, path)
-        for weights in ckpt["model"], ckpt.get("ema", ckpt["model"]):
-            model.load_state_dict(dict(weights), assign=True)
-    except (ValueError, RuntimeError, TypeError, LookupError, AttributeError) as e:
-        raise ValueError(f"{path} holds weights that don't fit its config: {' '.join(str(e).split())[:200]}") from None
-    return ckpt
+        raise OSError(f"{path} is damaged or not a checkpoint ({reason}); restore it from a copy, or start "
+                      "a new run in another --out_dir") from None
+    if not isinstance(run, dict) or run.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this version of train.py; start a new run in "
+                         "another --out_dir")
+    return run | {"path": str(path)}
+
+
+def whole(state):
+    """A state_dict with its tensors on the CPU, and whole where FSDP shards them. All ranks must take part;
+    rank 0 alone gets the tensors."""
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value) for value in state]
+    if isinstance(state, torch.Tensor):
+        tensor = state.full_tensor() if hasattr(state, "full_tensor") else state
+        return tensor.cpu() if not dist.is_initialized() or dist.get_rank() == 0 else None
+    return state
+
+
+def like(target, tensor):
+    """Rank 0's whole tensor on target's device and, where FSDP shards target, in its shards."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        tensor = tensor.to(target.device, copy=True)        # else it might stay mapped to the file
+    else:
+        tensor = torch.empty_like(tensor, device=target.device)
+    if hasattr(target, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor      # slow to import
+        return distribute_tensor(tensor, target.device_mesh, target.placements)
+    if dist.is_initialized():
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def load_weights(model, weights):
+    """Fill a model from a whole state_dict. On ranks other than 0 only the shapes of its tensors matter."""
+    targets = model.state_dict()
+    if missing := targets.keys() - weights.keys():
+        raise ValueError(f"the checkpoint has no weights for {', '.join(sorted(missing)[:3])} of this model.py; go "
+                         "back to the model.py it was trained with")
+    model.load_state_dict({name: like(target, weights[name]) for name, target in targets.items()})
+
+
+def load_optimizer(optimizer, saved):
+    """The same for an optimizer. Its state is numbered by parameter, in the order of its groups."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: {key: like(params[i], value) if value.dim() else value.clone()
+                 for key, value in values.items()} for i, values in saved["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,19 +1,20 @@
 """
-Optimization as in §4.2 of the report: schedules, batch size ramp, AdamW (with moments in BF16, §3.3.3), and Muon, which
-the report does not have and a small model profits from.
+Optimization as in §4.2 of the report: schedules, a ramp of the batch size, AdamW (its moments in BF16,
+§3.3.3), a moving average of the weights (§3.2.2); and Muon, which is not in the report: small models profit.
 
-    batch_sizes, schedule -> Muon, BF16AdamW -> param_groups -> make_optimizers
+    batch_sizes, schedule -> Muon, BF16AdamW -> param_groups -> make_optimizers -> averaged_model
 """
 
 import math
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 
 def batch_sizes(batch_size, max_iters, ramp=False):
-    """(max_iters,) int: the sequences of a micro-batch at each step. With ramp they grow from a fifth of batch_size to
-    all of it over the first 469B of 14.8T tokens (§4.2: 3072 to 15360), which are the first 5.17% of the steps."""
+    """(max_iters,) int: the sequences of a micro-batch at each step. With ramp they grow from a fifth of
+    batch_size to all of it over the first 469B of 14.8T tokens (§4.2: 3072 to 15360), 5.17% of the steps."""
     share = np.ones(max_iters)
     if ramp:
         share = (0.2 + 0.8 * np.arange(max_iters) / (0.0517 * max_iters)).clip(max=1)
@@ -23,9 +24,10 @@ def batch_sizes(batch_size, max_iters, ramp=False):
 def schedule(progress):
     """The report's schedules (§4.2): factors of the learning rate, gamma and lambda.
 
-    progress: the share of the run's tokens that have been seen, in [0, 1]. Of the report's 14.8T tokens, the learning
-    rate warms up (2K steps; here 2% of the run), is constant up to 10T, follows a cosine down to a tenth up to 14.3T,
-    stays there, and is 0.033 for the last 167B. gamma is 0.001 up to 14.3T, then 0; lambda is 0.3 up to 10T, then 0.1.
+    progress: the share of the run's tokens that have been seen, in [0, 1]. Of the report's 14.8T tokens, the
+    learning rate warms up (2K steps; here 2% of the run), is constant up to 10T, follows a cosine down to a
+    tenth up to 14.3T, stays there, and is 0.033 for the last 167B. gamma is 0.001 up to 14.3T, then 0; lambda
+    is 0.3 up to 10T, then 0.1.
     """
     warm, constant, decayed, last = 0.02, 10 / 14.8, 14.3 / 14.8, 14.633 / 14.8
     if progress < warm:
@@ -42,7 +44,7 @@ def schedule(progress):
 
 
 def orthogonalize(x):
-    """Newton-Schulz: (..., m, n) matrices with singular values near 1 and the singular vectors of x, each by itself."""
+    """Newton-Schulz: each matrix of x (..., m, n) with its singular values brought near 1."""
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
@@ -55,9 +57,9 @@ def orthogonalize(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon (adjust_lr_fn="match_rms_adamw") that also takes stacks of matrices (E, m, n): every expert's
-    matrix is orthogonalized by itself, all of a stack in one batch. The update has the size of AdamW's, so both can
-    share a learning rate."""
+    """torch.optim.Muon (adjust_lr_fn="match_rms_adamw") that also takes stacks of matrices (E, m, n): every
+    expert's matrix is orthogonalized by itself, all of a stack in one batch. The update has the size of
+    AdamW's, so both can share a learning rate."""
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -79,8 +81,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def bf16_adamw(p, grad, m, v, step, lr, beta1, beta2, eps, weight_decay):
-    """One step of AdamW in place; p and grad in fp32, the moments m and v rounded to bf16 after use. About a dozen
-    kernels in eager mode, one when compiled."""
+    """One step of AdamW in place; p and grad in fp32, the moments m and v rounded to bf16 after use. About a
+    dozen kernels in eager mode, one when compiled."""
     mean = m.float().lerp(grad, 1 - beta1)
     square = v.float().lerp(grad.square(), 1 - beta2)
     m.copy_(mean)
@@ -90,8 +92,8 @@ def bf16_adamw(p, grad, m, v, step, lr, beta1, beta2, eps, weight_decay):
 
 
 class BF16AdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW with both moments stored in bfloat16 (§3.3.3), in half the memory. Weights, gradients and the
-    arithmetic stay in fp32."""
+    """torch.optim.AdamW with both moments stored in bfloat16 (§3.3.3), in half the memory. Weights, gradients
+    and the arithmetic stay in fp32."""
 
     def __init__(self, params, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
@@ -101,12 +103,13 @@ class BF16AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         for state in self.state.values():       # torch casts them to the dtype of the weights
-            state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].bfloat16(), state["exp_avg_sq"].bfloat16()
+            for key in "exp_avg", "exp_avg_sq":
+                state[key] = state[key].bfloat16()
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr = torch.tensor(group["lr"])      # tensors, because torch.compile takes a new number for a new constant
+            lr = torch.tensor(group["lr"])      # a tensor: torch.compile compiles again for a new number
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -117,21 +120,22 @@ class BF16AdamW(torch.optim.Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
                 state["step"] += 1
                 # detached, as torch.compile gives Parameters static shapes and so compiles for each
-                self.update(p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], lr, *group["betas"],
-                            group["eps"], group["weight_decay"])
+                self.update(p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], lr,
+                            *group["betas"], group["eps"], group["weight_decay"])
 
 
 def param_groups(model, weight_decay=0.1):
     """Three groups: hidden matrices (what Muon takes), embedding and head, and norms, which do not decay."""
     ends = {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
     params = list(model.parameters())
-    return [{"params": [p for p in params if p.dim() > 1 and id(p) not in ends], "weight_decay": weight_decay},
+    hidden = [p for p in params if p.dim() > 1 and id(p) not in ends]
+    return [{"params": hidden, "weight_decay": weight_decay},
             {"params": [p for p in params if id(p) in ends], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}]
 
 
 def make_optimizers(model, kind="adamw", learning_rate=1e-3, bf16_moments=False):
-    """-> list of optimizers: AdamW as in §4.2; or, of kind "muon", Muon for the hidden matrices and AdamW for the rest."""
+    """-> list of optimizers: AdamW as in §4.2; of kind "muon", Muon for the hidden matrices before it."""
     groups, optimizers = param_groups(model), []
     if kind == "muon":
         optimizers.append(Muon(groups[:1], learning_rate))
@@ -142,3 +146,13 @@ def make_optimizers(model, kind="adamw", learning_rate=1e-3, bf16_moments=False)
         fused = model.lm_head.weight.device.type in ("cuda", "cpu")
         optimizers.append(torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95), fused=fused))
     return optimizers
+
+
+def averaged_model(model, decay):
+    """A copy of the model for the exponential moving average of weights and router biases (§3.2.2), an early
+    estimate of what the decay of the learning rate will bring; call update_parameters(model) after each step.
+    Early weights fade fast: the share of the newest is at least 9/(n + 9)."""
+    def average(means, weights, n):
+        torch._foreach_lerp_(means, weights, max(1 - decay, 9 / (int(n) + 9)))
+
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)

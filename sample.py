@@ -35,8 +35,7 @@ from typing import NamedTuple
 import tiktoken
 import torch
 
-from checkpoint import (Parser, has_bf16, load_checkpoint, load_run, load_shards, pick_device,
-                        released_folder)
+from checkpoint import Parser, has_bf16, load_run, pick_device, released_folder, replaced_classes
 from data.tokenizer import (Ends, encode, encoding_from_json, ends_of_data, fim_ids, get_tokenizer, read_ends,
                             read_json, token_bytes)
 from model import PREFILL_CHUNK, DeepSeekV3, DeepSeekV3Config, draw, rope_cos_sin, sampling_probs
@@ -180,12 +179,13 @@ def load(path, device, dtype=None, ema=False):
     if ema and "ema" not in ckpt:
         raise ValueError(f"--ema: {path} holds no average of its weights; train with --ema_decay, or leave "
                          "the flag out")
-    with torch.device("cpu" if "shards" in ckpt else "meta"):
+    with torch.device("meta"):
         model = DeepSeekV3(DeepSeekV3Config(**ckpt["config"]))
-    if "shards" in ckpt:
-        load_shards(ckpt["shards"], model)
-    else:
-        model.load_state_dict(ckpt["ema" if ema else "model"], assign=True)
+    if ckpt["replaced"] != replaced_classes(model):
+        raise ValueError(f"{ckpt['path']} was trained with {', '.join(ckpt['replaced']) or 'nothing'} in place of "
+                         "model.py's own; replace the same before you load it")
+    model.load_state_dict(ckpt["ema" if ema else "model"], assign=True)
+    model.source_files = ckpt["source_files"]
     bf16 = device.type == "cuda" and has_bf16(device)
     model.to(device, dtype or (torch.bfloat16 if bf16 else torch.float32))
     encoding = encoding_from_json(ckpt["encoding"])
@@ -198,16 +198,11 @@ def read_run(path):
     if not path.exists():
         raise ValueError(f"--ckpt {path} does not exist; train a model first with: "
                          f"python train.py --out_dir {path}")
-    if not path.is_dir() or (path / "run.pt").is_file():
-        return load_checkpoint(path)
-    if not any(path.glob("ckpt*")):
+    if path.is_dir() and not any(path.glob("ckpt*")):
         if (path / "lock").exists():
             raise ValueError(f"the run in {path} has no checkpoint yet; it saves one at its first evaluation")
         raise ValueError(f"--ckpt {path} holds neither a run's ckpt.pt nor a released model's config.json")
-    ckpt, used = load_run(path)
-    if ".prev" in used.name:
-        print(f"the last checkpoint of {path} is damaged or missing: using {used}", file=sys.stderr)
-    return ckpt
+    return load_run(path)
 
 
 def released_dtype(path, device):

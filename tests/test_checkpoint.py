@@ -19,7 +19,7 @@ import torch
 import checkpoint
 import sample
 import train
-from checkpoint import load_checkpoint
+from checkpoint import load_run
 from data.prepare import prepare
 from data.tokenizer import (BYTES, DEEPSEEK_EOS, KIMI_PATTERN, Ends, build, encode,
                             encoding_to_tokenizer_json,
@@ -1170,7 +1170,7 @@ def test_fine_tuning(exported, tmp_path, capsys, monkeypatch):
     assert "context extended from 128 to 256 tokens" in capsys.readouterr().out
     log = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
     losses = [json.loads(line)["main_loss"] for line in log]
-    ckpt = load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    ckpt = load_run(tmp_path / "out" / "ckpt.pt")
     assert ckpt["config"]["rope_scaling"]["factor"] == 2 and ckpt["config"]["mtp_loss_weight"] == 0.1
     before, after = model.state_dict(), ckpt["model"]
     assert all((before[n] - after[n]).abs().max() < 2e-3 for n in before) and losses

@@ -1,7 +1,6 @@
 """Files and prompts from anywhere are read or refused in one sentence; none runs code or eats memory."""
 
 import base64
-import contextlib
 import copy
 import json
 import os
@@ -17,7 +16,6 @@ import torch
 
 import checkpoint
 import sample
-import train
 from data.tokenizer import BYTES, Ends, build, encode, encoding_from_json, encoding_to_json, get_tokenizer
 from checkpoint import read_config
 from model import DeepSeekV3
@@ -212,7 +210,6 @@ class Gadget:
 
 
 def test_pickles_are_refused_wherever_they_hide(tmp_path):
-    """With a checksum that is right, as whoever wrote the file can compute it."""
     mark = tmp_path / "executed"
     gadgets = [Gadget(os.system, f"touch {mark}"), Gadget(eval, f"open({str(mark)!r}, 'w')"),
                Gadget(exec, f"open({str(mark)!r}, 'w')"),
@@ -221,41 +218,13 @@ def test_pickles_are_refused_wherever_they_hide(tmp_path):
                Gadget(torch.hub.load, "x", "y"), Gadget(pickle.loads,
                                                         pickle.dumps(Gadget(os.mkdir, str(mark))))]
     path = tmp_path / "ckpt.pt"
-    good = {"model": {}, "config": {}, "train_config": {}, "encoding": "", "step": 1}
+    good = {"format": checkpoint.FORMAT, "model": {}, "config": {}, "train_config": {}, "encoding": "",
+            "state": {}}
     for gadget in gadgets:
         for place in [None, *good]:
-            with open(path, "wb") as f:
-                checkpoint.save_summed(gadget if place is None else good | {place: gadget}, f)
-            assert not one_sentence(lambda: checkpoint.load_checkpoint(path), (gadget.call, place))
+            torch.save(gadget if place is None else good | {place: gadget}, path)
+            assert not one_sentence(lambda: checkpoint.load_run(path), (gadget.call, place))
     for raw in (pickle.dumps(gadgets[0]), pickle.dumps(gadgets[0], 0)):
-        path.write_bytes(raw + b"crc32:%08x" % checkpoint.zlib.crc32(raw))
-        assert not one_sentence(lambda: checkpoint.load_checkpoint(path), raw)
+        path.write_bytes(raw)
+        assert not one_sentence(lambda: checkpoint.load_run(path), raw)
     assert not mark.exists()
-
-
-def test_checkpoints_with_absurd_contents(tmp_path, make_model):
-    """120 with the right checksum and anything inside, sampled from and resumed from."""
-    model, rng, accepted = make_model(vocab_size=320, num_hidden_layers=2), random.Random(5), 0
-    good = {"config": checkpoint.dataclasses.asdict(model.config),
-            "encoding": encoding_to_json(get_tokenizer("bytes")), "step": 1,
-            "samples": 4, "skipped": 0, "sequences_per_step": 4, "meta": {},
-            "train_config": train.dataclasses.asdict(
-                train.TrainConfig(block_size=32, batch_size=4, max_iters=1, learning_rate=1e-3,
-                                  eval_interval=1))}
-    for i in range(120):
-        state = mutate(good, rng)
-        if isinstance(state, dict):
-            state |= {"meta": {"separator": 256}, "model": model.state_dict(), "optimizers": [],
-                      "rng_state": torch.get_rng_state()}
-            if i % 4 == 0:
-                name = rng.choice(list(state["model"]))
-                state["model"] = {**state["model"],
-                                  name: rng.choice([torch.zeros(3), torch.zeros(0), 1, None, "x"])}
-        with open(tmp_path / "ckpt.pt", "wb") as f:
-            checkpoint.save_summed(state, f)
-        accepted += one_sentence(lambda: sample.load(tmp_path, "cpu"),
-                                 {k: v for k, v in state.items() if k != "model"})
-        with pytest.raises(SystemExit) as e, contextlib.redirect_stdout(None):
-            train.main(["--resume", "--out_dir", str(tmp_path), "--data_dir", str(tmp_path / "ckpt.pt")])
-        assert str(e.value.code).startswith("train.py: ") and "\n" not in str(e.value.code)
-    assert 5 < accepted < 115
