@@ -388,7 +388,7 @@ class Gate(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)                   # b_i
 
     def _apply(self, fn, recurse=True):
-        """Keep the bias in fp32 in model.to(bfloat16): bf16 cannot add gamma to a bias near 5, as released."""
+        """Keep the bias in fp32 in model.to(bfloat16): bf16 cannot add gamma to one near 5, as released."""
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
         if self.e_score_correction_bias.dtype != torch.float32:

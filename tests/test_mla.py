@@ -56,9 +56,10 @@ def test_yarn_against_its_formula():
         theta = base ** (-2 * i / d)
         slowed = min(max((i - low) / (high - low), 0), 1)
         assert inv_freq[i].item() == pytest.approx(theta * (1 - slowed) + theta / s * slowed, rel=1e-5)
-    assert inv_freq[0].item() == pytest.approx(1.0) and inv_freq[31].item() == pytest.approx(base ** (-62 / 64) / 40)
+    assert inv_freq[0].item() == pytest.approx(1.0)
+    assert inv_freq[31].item() == pytest.approx(base ** (-62 / 64) / 40)
     cos, sin = rope_cos_sin(config, 0, 3)
-    assert torch.all(cos[0] == 1) and torch.all(sin[0] == 0)      # mscale = mscale_all_dim: no factor on cos and sin
+    assert torch.all(cos[0] == 1) and torch.all(sin[0] == 0)      # mscale = mscale_all_dim: no factor on them
 
 
 def test_yarn_scales_the_softmax(make_config):
@@ -133,7 +134,7 @@ def test_later_chunks_of_a_long_prompt_see_the_earlier_ones(make_model, monkeypa
     monkeypatch.setattr(model_module, "PREFILL_CHUNK", 140)
     model = make_model(max_position_embeddings=512, initializer_range=0.1)
     idx = torch.randint(0, 61, (2, 300))
-    monkeypatch.setattr(MLA, "attend_absorbed", lambda *_: pytest.fail("absorbed attention is for few queries"))
+    monkeypatch.setattr(MLA, "attend_absorbed", lambda *_: pytest.fail("absorbed, for many queries"))
     cache = model.new_cache(2, 300)
     parts = [model.decode(idx[:, :280], cache, 0)]
     monkeypatch.undo()
@@ -205,8 +206,8 @@ def with_bias(mla):
     mla.kv_b_proj.bias = nn.Parameter(torch.randn(mla.kv_b_proj.out_features))
 
 
-@pytest.mark.parametrize("change", [with_adapter, with_subclass, with_hook, with_pre_hook, with_parametrization,
-                                    with_patched_forward, with_bias])
+@pytest.mark.parametrize("change", [with_adapter, with_subclass, with_hook, with_pre_hook,
+                                    with_parametrization, with_patched_forward, with_bias])
 def test_whatever_is_added_to_kv_b_proj_acts_in_decoding_too(make_model, change):
     """Absorbed attention reads its weight, and would pass over an adapter."""
     model = make_model(initializer_range=0.1)
@@ -230,7 +231,7 @@ class WindowedMLA(MLA):
 
 
 def test_a_sliding_window_is_one_method(make_model, monkeypatch):
-    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 17)      # a first chunk, and later ones through the cache
+    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 17)      # later chunks go through the cache
     monkeypatch.setattr(model_module, "MLA", WindowedMLA)
     model = make_model(num_nextn_predict_layers=0, num_hidden_layers=2, initializer_range=0.1)
     idx = torch.randint(0, 61, (2, 50))
@@ -278,7 +279,8 @@ class SaysItIsOnAGPU(torch.Tensor):
 def test_which_attention_runs_on_which_gpu(make_config, monkeypatch, major, dtype, masked, width, backends):
     """cuDNN never sees a mask, and v is padded for every kernel but cuDNN's."""
     mla, seen = MLA(make_config(qk_nope_head_dim=28)), []
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(major=major))
+    card = types.SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(torch.nn.attention, "sdpa_kernel",
                         lambda kinds: seen.append([kind.name for kind in kinds]) or contextlib.nullcontext())
 
@@ -310,7 +312,7 @@ def test_bfloat16_attends_in_fp32_on_a_cpu(make_model, monkeypatch):
 
 
 def test_drafts_to_verify_attend_as_they_would_alone(make_model, monkeypatch):
-    """Else bfloat16 rounds otherwise, and speculation changes greedy text wherever two tokens are nearly as likely."""
+    """In bfloat16 they would round differently otherwise, and change greedy text where two tokens nearly tie."""
     model = make_model().bfloat16()
     idx = torch.randint(0, 61, (2, 13))
     cache = model.new_cache(2, 13)
@@ -339,10 +341,12 @@ def test_cache_holds_the_latents_and_nothing_per_head(make_model):
     cache = model.new_cache(1, 4)
     idx = torch.randint(0, 61, (1, 4))
     model.decode(idx, cache, 0)
-    mla, x = model.model.layers[0].self_attn, model.model.layers[0].input_layernorm(model.model.embed_tokens(idx))
+    block = model.model.layers[0]
+    mla, x = block.self_attn, block.input_layernorm(model.model.embed_tokens(idx))
     c_kv, k_r = mla.kv_a_proj_with_mqa(x).split([16, 8], -1)
     torch.testing.assert_close(cache[0][..., :16], mla.kv_a_layernorm(c_kv))              # normalised
-    torch.testing.assert_close(cache[0][..., 16:], rotate(k_r, *rope_cos_sin(model.config, 0, 4)))      # rotated
+    rotated = rotate(k_r, *rope_cos_sin(model.config, 0, 4))
+    torch.testing.assert_close(cache[0][..., 16:], rotated)
 
 
 def test_going_back_overwrites_the_cache(make_model):
@@ -351,7 +355,8 @@ def test_going_back_overwrites_the_cache(make_model):
     cache = model.new_cache(1, 12)
     model.decode(torch.cat([idx[:, :6], torch.randint(0, 61, (1, 6))], 1), cache, 0)
     with torch.no_grad():
-        torch.testing.assert_close(model.decode(idx[:, 6:], cache, 6), model(idx)[0][:, 6:], rtol=0, atol=1e-5)
+        whole = model(idx)[0]
+    torch.testing.assert_close(model.decode(idx[:, 6:], cache, 6), whole[:, 6:], rtol=0, atol=1e-5)
 
 
 def test_no_look_into_the_future(make_model):

@@ -89,7 +89,8 @@ def test_mtp_stays_within_the_document(make_model):
     module = model.model.layers[-1]
     h = model.main_model(idx, doc_ids[:, None, :, None] == doc_ids[:, None, None, :])[0][:, 4:]
     x = module(h[:, :3], model.model.embed_tokens(idx[:, 5:]), cos[:3], sin[:3])[0]
-    expected = expected + F.cross_entropy(model.lm_head(module.shared_head.norm(x))[0], cut[0, 1:], reduction="sum")
+    logits = model.lm_head(module.shared_head.norm(x))[0]
+    expected = expected + F.cross_entropy(logits, cut[0, 1:], reduction="sum")
     torch.testing.assert_close(aux["mtp"] * 8, expected)
 
 
@@ -125,7 +126,8 @@ def test_a_chunked_loss_has_the_values_and_gradients_of_the_naive_one(make_model
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     else:
         exact = step(10**9, torch.float32)
-        error, naive_error = (sum((a - b).square().sum() for a, b in zip(step, exact)) for step in (chunked, naive))
+        error, naive_error = (sum((a - b).square().sum() for a, b in zip(results, exact))
+                              for results in (chunked, naive))
         assert error < 1.1 * naive_error
 
 
@@ -196,12 +198,14 @@ def test_every_parameter_gets_a_gradient(make_model):
 @pytest.mark.parametrize("bad", [-1, 61])
 def test_a_token_id_out_of_range_is_named(make_model, bad):
     idx = torch.tensor([[1, 2, bad]])
-    for call in (lambda m: m(idx), lambda m: m.generate(idx, 2), lambda m: m.decode(idx, m.new_cache(1, 3), 0)):
+    for call in (lambda m: m(idx), lambda m: m.generate(idx, 2),
+                 lambda m: m.decode(idx, m.new_cache(1, 3), 0)):
         with pytest.raises(ValueError, match=f"token id {bad} is outside the vocabulary of 61"):
             call(make_model())
 
 
-@pytest.mark.parametrize("prompts", [[[1, 2], [3]], [1, 2], "text", torch.tensor([1, 2]), torch.ones(1, 2), None])
+@pytest.mark.parametrize("prompts", [[[1, 2], [3]], [1, 2], "text", None, torch.tensor([1, 2]),
+                                     torch.ones(1, 2)])
 def test_prompts_that_are_no_batch_are_refused_with_a_way_out(make_model, prompts):
     with pytest.raises(ValueError, match=r"for p in prompts: model.generate\(torch.tensor\(\[p\]\)"):
         make_model().generate(prompts, 2)
@@ -211,7 +215,8 @@ def test_prompts_that_are_no_batch_are_refused_with_a_way_out(make_model, prompt
 def test_a_tiny_temperature_is_greedy(temperature):
     logits = torch.tensor([[2.0, 1.0, -math.inf, 2.0], [0.0, 1e-30, 0.0, 0.0]])
     probs = sampling_probs(logits, temperature)
-    assert probs[0].tolist() == [0.5, 0.0, 0.0, 0.5] and probs[1].argmax() == 1 and torch.isfinite(probs).all()
+    assert probs[0].tolist() == [0.5, 0.0, 0.0, 0.5] and probs[1].argmax() == 1
+    assert torch.isfinite(probs).all()
 
 
 def test_a_sequence_beyond_the_context_is_refused(make_model):
