@@ -312,7 +312,7 @@ def test_bfloat16_attends_in_fp32_on_a_cpu(make_model, monkeypatch):
 
 
 def test_drafts_to_verify_attend_as_they_would_alone(make_model, monkeypatch):
-    """In bfloat16 they would round differently otherwise, and change greedy text where two tokens nearly tie."""
+    """In bfloat16 they would round differently otherwise, which changes greedy text at near ties."""
     model = make_model().bfloat16()
     idx = torch.randint(0, 61, (2, 13))
     cache = model.new_cache(2, 13)
