@@ -62,6 +62,7 @@ class TrainConfig:
     device: str = option("auto", "cuda, mps or cpu; auto: the first of these that is there")
     dtype: str = option("auto", "float32 or bfloat16, of the computation; auto: bfloat16 on a GPU with it")
     fp8: bool = option(False, "multiply in FP8 as the report does (fp8.py); emulated where no kernel runs")
+    fp8_pow2: bool = option(False, "with --fp8: all scales are powers of two, as DeepSeek-V3.1 was trained")
     compile: bool = option(None, "torch.compile the model; default: on a GPU")
     fsdp: bool = option(False, "with torchrun: shard weights, gradients and moments over the ranks")
     recompute: bool = option(False, "save memory: compute cheap activations again in the backward pass")
@@ -96,8 +97,8 @@ FINETUNE = dict(max_iters=200, batch_size=4, eval_interval=100)
 FREE_OF_WEIGHTS = ("max_position_embeddings", "rope_scaling", "bias_update_speed", "balance_loss_alpha",
                    "mtp_loss_weight")
 # flags that --resume can't change: the order of the data and the optimizer's state depend on them
-FIXED_ON_RESUME = ("preset", "init_from", "fp8", "seed", "block_size", "batch_ramp", "optimizer",
-                   "bf16_moments")
+FIXED_ON_RESUME = ("preset", "init_from", "fp8", "fp8_pow2", "seed", "block_size", "batch_ramp",
+                   "optimizer", "bf16_moments")
 GIVE_UP_AFTER = 10      # steps in a row whose loss or gradient is not finite
 
 
@@ -188,6 +189,7 @@ def check(cfg, config, ckpt):
          f"--ema_decay must be at least 0 and less than 1, got {cfg.ema_decay}"),
         (cfg.batch_ramp and cfg.batch_size < 5,
          f"--batch_ramp begins with a fifth of --batch_size {cfg.batch_size}; make it at least 5"),
+        (cfg.fp8_pow2 and not cfg.fp8, "--fp8_pow2 says how --fp8 scales; give --fp8 too"),
         (cfg.fsdp and cfg.ema_decay,
          "--ema_decay can't be given with --fsdp: the average needs whole weights, which no rank has"),
         (cfg.fsdp and cfg.optimizer == "muon",
@@ -262,7 +264,7 @@ def build_model(cfg, config, device, dtype, ckpt):
     model.source_files = source_files
     if cfg.fp8:
         from fp8 import convert_to_fp8      # imports Triton, if it is there
-        convert_to_fp8(model)
+        convert_to_fp8(model, cfg.fp8_pow2)
     if cfg.recompute:
         recompute(model)
     return model
@@ -559,6 +561,10 @@ def train(given, on_log):
     coming = sizes[state["step"]:]
     batches = micro_batches(data, coming, cfg.gradient_accumulation_steps, state["samples"], device)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    reused_weights = contextlib.nullcontext
+    if cfg.fp8 and (cfg.recompute or cfg.gradient_accumulation_steps > 1):
+        from fp8 import quantized_once
+        reused_weights = partial(quantized_once, raw_model)
     doc_ids = partial(document_ids, meta["separator"] if cfg.mask_documents else None)
     flops_per_token, peak = raw_model.flops_per_token(cfg.block_size), peak_flops(device)
     say(f"{cfg.init_from or cfg.preset}: {raw_model.num_params():,} parameters, "
@@ -586,8 +592,9 @@ def train(given, on_log):
         while state["step"] < cfg.max_iters and not stop:
             step = state["step"]
             lr, gamma, lam = schedule(float(sequences[step] / sequences[-1]))
-            losses, load = forward_backward(model, batches, cfg.gradient_accumulation_steps,
-                                            config.mtp_loss_weight * lam, autocast, doc_ids)
+            with reused_weights():
+                losses, load = forward_backward(model, batches, cfg.gradient_accumulation_steps,
+                                                config.mtp_loss_weight * lam, autocast, doc_ids)
             came = torch.tensor([float(signals.came)], device=device)
             losses = torch.cat([losses / (cfg.gradient_accumulation_steps * world), came])
             if world > 1:       # the same sums on all ranks, so that all decide alike what follows
