@@ -716,8 +716,8 @@ class FP8Experts(Experts):
     tokens must not straddle two experts."""
     pow2 = False
 
-    def padding(self, x):
-        return 128, 0
+    def padding(self, x, load):
+        return 128, 0, False
 
     def swiglu(self, x, place, rows, ends):
         weights = [self.gate_proj, self.up_proj, self.down_proj]

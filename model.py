@@ -100,7 +100,7 @@ class DeepSeekV3Config:
 
     @classmethod
     def preset(cls, name):
-        """One of "tiny", "small", "16b", "671b". Raises ValueError for any other name."""
+        """One of PRESETS: tiny, mini, small, large, 16b, 671b. ValueError for any other name."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
@@ -117,12 +117,24 @@ PRESETS = {
         qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=8, num_experts_per_tok=2, n_group=1,
         topk_group=1, first_k_dense_replace=1, max_position_embeddings=4096, initializer_range=0.02,
         routed_scaling_factor=1.0, bias_update_speed=0.01),
+    # ten minutes of a GPU: bytes in, 25M parameters active per token
+    "mini": dict(
+        vocab_size=320, hidden_size=512, intermediate_size=1408, moe_intermediate_size=512,
+        num_hidden_layers=8, num_attention_heads=8, q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64,
+        qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=16, num_experts_per_tok=2, n_group=1,
+        topk_group=1, first_k_dense_replace=1, initializer_range=0.02, routed_scaling_factor=1.0),
     # one GPU: GPT-2's size in parameters active per token, its vocabulary padded to a multiple of 64
     "small": dict(
         vocab_size=50304, hidden_size=768, intermediate_size=2048, moe_intermediate_size=384,
         num_hidden_layers=12, num_attention_heads=12, q_lora_rank=384, kv_lora_rank=128, qk_nope_head_dim=64,
         qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=64, num_experts_per_tok=5, n_group=1,
         topk_group=1, first_k_dense_replace=1, initializer_range=0.02, tie_word_embeddings=True),
+    # one 80 GB card: active like GPT-2 large, wide enough for 40% of an H100's FLOP/s (on paper)
+    "large": dict(
+        vocab_size=50304, hidden_size=2048, intermediate_size=5632, moe_intermediate_size=1408,
+        num_hidden_layers=16, num_attention_heads=16, q_lora_rank=None, n_routed_experts=16,
+        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, initializer_range=0.02,
+        tie_word_embeddings=True),
     # Moonlight-16B-A3B, a released model of the deepseek_v3 architecture, with an added MTP module
     "16b": dict(
         vocab_size=163840, hidden_size=2048, intermediate_size=11264, moe_intermediate_size=1408,
@@ -449,9 +461,12 @@ def untraced_grouped_mm(x, weight, offs):
 def grouped_linear(x, weight, ends):
     """One linear layer per expert. x: (M, in), its rows sorted by expert; weight: (E, out, in); -> (M, out).
 
-    ends: (E,) int32, expert e owns rows ends[e-1]..ends[e]-1, or none. Rows from ends[-1] on are undefined.
+    ends: (E,) int32, expert e owns rows ends[e-1]..ends[e]-1, or none; rows from ends[-1] on are undefined.
+    None: every expert owns M/E rows.
     """
     x, weight = (t.to(compute_dtype(x)) for t in (x, weight))       # grouped_mm isn't on autocast's list
+    if ends is None:
+        return torch.bmm(x.view(weight.size(0), -1, x.size(1)), weight.mT).flatten(0, 1)
     if all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
         traceable = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
         return (F.grouped_mm if traceable else untraced_grouped_mm)(x, weight.transpose(1, 2), offs=ends)
@@ -488,35 +503,42 @@ class Experts(nn.Module):
         y = self.gathered(x, slots, K) if few else self.grouped(x, slots, load)             # (N*K, D)
         return torch.bmm(weights.type_as(y)[:, None], y.view(N, K, -1))[:, 0], load
 
-    def padding(self, x):
-        """(multiple, least): each expert gets a multiple of `multiple` rows, for `least` tokens or more."""
-        if x.device.type == "cuda":     # an expert without rows can get a garbage gradient (pytorch#172439)
-            return 1, int(torch.is_grad_enabled())
-        # oneDNN compiles a bf16 kernel for each number of rows that it meets
-        return (64 if compute_dtype(x) == torch.bfloat16 else 1), 0
+    def padding(self, x, load):
+        """(multiple, least, equal): each expert gets a multiple of `multiple` rows, for `least` tokens or
+        more; equal: that is `multiple` rows for every expert."""
+        bf16, E = compute_dtype(x) == torch.bfloat16, load.size(0)
+        if not x.is_cuda:       # oneDNN compiles a bf16 kernel for each number of rows that it meets
+            return 64 if bf16 else 1, 0, False
+        # grouped_mm is one kernel for bf16 on sm_90 and sm_100. Elsewhere each of its nine calls in a training
+        # step waits for the GPU and launches a product per expert; batched products wait only here, once
+        if not bf16 or torch.cuda.get_device_properties(x.device).major not in (9, 10):
+            busiest, slots = torch.stack([load.max(), load.sum()]).tolist()
+            if busiest * E <= 2 * slots:
+                return busiest, 1, True
+        return 1, int(torch.is_grad_enabled()), False       # idle experts: garbage gradients (pytorch#172439)
 
     def grouped(self, x, slots, load):
         """x: (N, D); slots: (N*K,), the expert of each; load: (E,). Returns (N*K, D), by slot."""
-        (multiple, least), E = self.padding(x), load.size(0)
+        (multiple, least, equal), E = self.padding(x, load), load.size(0)
         size = (load.clamp(min=least) + multiple - 1) // multiple * multiple    # (E,): rows, with padding
         ends = size.cumsum(0)
         # the most rows there can be: a GPU would have to wait for the exact number
         most = slots.size(0) + E * least
-        rows = (most + min(E, most) * (multiple - 1)) // multiple * multiple
+        rows = E * multiple if equal else (most + min(E, most) * (multiple - 1)) // multiple * multiple
 
         order = slots.argsort(stable=True)                                      # slots, sorted by expert
         shift = (ends - size) - (load.cumsum(0) - load)                         # (E,): padding before it
         row = torch.arange(slots.size(0), device=x.device) + shift[slots[order]]
         place = torch.empty_like(order).index_copy_(0, order, row)              # (N*K,): row of each slot
         slot = order.new_full((rows,), slots.size(0)).index_copy_(0, row, order)        # (rows,): its slot
-        y = self.swiglu(x, place, rows, ends.to(torch.int32))                   # (rows, D)
+        y = self.swiglu(x, place, rows, None if equal else ends.to(torch.int32))            # (rows, D)
         # index_copy_, since its gradient is a gather, where that of y[place] adds with atomics. Padding goes
         # to a last row, which is cut off
         return y.new_empty(slots.size(0) + 1, y.size(1)).index_copy_(0, slot, y)[:-1]
 
     def swiglu(self, x, place, rows, ends):
         """Each expert's MLP on its rows. x: (N, D); place: (N*K,), the row of each slot; ends: (E,) int32,
-        the end of each expert's rows. Returns (rows, D), undefined where no slot is."""
+        the end of each expert's rows, or None: all have rows/E. Returns (rows, D), undefined where no slot is."""
         x = x.to(compute_dtype(x)).repeat_interleave(place.size(0) // x.size(0), 0)  # (N*K, D), by slot
         x = x.new_zeros(rows, x.size(1)).index_copy_(0, place, x)               # (rows, D), by expert
         g, u = grouped_linear(x, self.gate_proj, ends), grouped_linear(x, self.up_proj, ends)

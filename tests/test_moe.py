@@ -1,6 +1,7 @@
 """The router and the experts, each against a loop too slow to be wrong."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -116,18 +117,18 @@ def test_few_slots_take_the_gathered_path_and_agree(make_model, monkeypatch, N):
     moe(x)          # at 3 slots a token and 12 experts, up to 3 tokens do without grouped_mm
 
 
-@pytest.mark.parametrize("padding", [(1, 0), (1, 1), (64, 0), (8, 1)])
+@pytest.mark.parametrize("padding", [(1, 0, False), (1, 1, False), (64, 0, False), (8, 1, False)])
 def test_padding_changes_neither_values_nor_gradients(make_model, monkeypatch, padding):
     moe = make_model().model.layers[1].mlp
     moe.gate.e_score_correction_bias[7] = -100.0        # an expert without a token
-    monkeypatch.setattr(moe.experts, "padding", lambda x: padding)
+    monkeypatch.setattr(moe.experts, "padding", lambda x, load: padding)
     ends = []
     monkeypatch.setattr(model_module, "grouped_linear",
                         lambda x, w, e: ends.append(e) or grouped_linear(x, w, e))
     x = torch.randn(1, 22, 48, requires_grad=True)
     y, load, _ = moe(x)
     rows = ends[0].diff(prepend=torch.zeros(1))
-    multiple, least = padding
+    multiple, least, _ = padding
     assert (rows % multiple == 0).all() and (rows >= load).all() and (rows - load < multiple + least).all()
     assert load[7] == 0 and rows[7] == multiple * least
     expected = slow_moe(moe, x)
@@ -142,16 +143,52 @@ def test_padding_changes_neither_values_nor_gradients(make_model, monkeypatch, p
 
 def test_bfloat16_on_a_cpu_meets_few_numbers_of_rows_and_fp32_no_padding(make_model):
     experts = make_model().model.layers[1].mlp.experts
-    x = torch.randn(4, 48)
-    assert experts.padding(x) == (1, 0) and experts.padding(x.bfloat16()) == (64, 0)
+    x, load = torch.randn(4, 48), torch.ones(12, dtype=torch.int64)
+    assert experts.padding(x, load) == (1, 0, False) and experts.padding(x.bfloat16(), load) == (64, 0, False)
     with torch.autocast("cpu", torch.bfloat16):
-        assert experts.padding(x) == (64, 0)
+        assert experts.padding(x, load) == (64, 0, False)
+
+
+def test_equal_shares_change_neither_values_nor_gradients(make_model, monkeypatch):
+    """One batched product for all experts, with as many rows for each as the busiest needs."""
+    moe, busiest = make_model().model.layers[1].mlp, []
+    monkeypatch.setattr(moe.experts, "padding",
+                        lambda x, load: busiest.append(int(load.max())) or (busiest[0], 1, True))
+    monkeypatch.setattr(F, "grouped_mm", None)      # nobody calls it
+    moe.gate.e_score_correction_bias[7] = -100.0    # an expert without a token
+    x = torch.randn(1, 22, 48, requires_grad=True)
+    y, load, _ = moe(x)
+    assert load[7] == 0 and load.max() == busiest[0]
+    expected, inputs = slow_moe(moe, x), [x, *moe.parameters()]
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    towards = torch.randn_like(y)
+    grads = torch.autograd.grad(y, inputs, towards)
+    for grad, slow in zip(grads, torch.autograd.grad(expected, inputs, towards), strict=True):
+        torch.testing.assert_close(grad, slow, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("major, dtype, load, padding", [
+    (9, torch.bfloat16, [4, 0, 2], (1, 1, False)),      # grouped_mm is one kernel
+    (10, torch.bfloat16, [4, 0, 2], (1, 1, False)),
+    (9, torch.float32, [2, 1, 3], (3, 1, True)),        # it is a loop: equal shares
+    (8, torch.bfloat16, [2, 1, 3], (3, 1, True)),
+    (12, torch.bfloat16, [2, 1, 3], (3, 1, True)),
+    (8, torch.bfloat16, [9, 0, 0], (1, 1, False)),      # too uneven for that
+])
+def test_how_experts_are_multiplied_on_which_gpu(make_model, monkeypatch, major, dtype, load, padding):
+    class SaysItIsOnAGPU(torch.Tensor):
+        is_cuda = True
+
+    experts = make_model().model.layers[1].mlp.experts
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(major=major))
+    x = torch.randn(2, 48, dtype=dtype).as_subclass(SaysItIsOnAGPU)
+    assert experts.padding(x, torch.tensor(load)) == padding
 
 
 def test_padding_never_exceeds_what_the_slots_need(make_model, monkeypatch):
     """One token of the released model in FP8: 8 experts of 128 rows, not 256."""
     experts, seen = make_model().model.layers[1].mlp.experts, []
-    monkeypatch.setattr(experts, "padding", lambda x: (128, 0))
+    monkeypatch.setattr(experts, "padding", lambda x, load: (128, 0, False))
     monkeypatch.setattr(experts, "swiglu",
                         lambda x, place, rows, ends: seen.append(rows) or x.new_zeros(rows, 48))
     experts.grouped(torch.randn(1, 48), torch.tensor([3, 5, 11]), torch.bincount(torch.tensor([3, 5, 11])))
