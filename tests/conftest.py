@@ -7,15 +7,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"        # read when fp8.py is imported: its kernels run on the CPU, as Python
+    # read when fp8.py is imported: its kernels run on the CPU, as Python
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from model import DeepSeekV3, DeepSeekV3Config  # noqa: E402
 
 
 def exact_interpreter():
-    """Make the casts and products of Triton's interpreter those of the hardware. As of 3.7.1 its fp32 to e4m3 loses the
-    carry of the mantissa, does not saturate and truncates subnormals, its fp32 to bf16 truncates, and its bf16 dot
-    multiplies the raw bits. Tests only: on a GPU nothing of this is involved."""
+    """Make the casts and products of Triton's interpreter those of the hardware. As of 3.7.1 its fp32 to e4m3
+    loses the carry of the mantissa, does not saturate and truncates subnormals, its fp32 to bf16 truncates,
+    and its bf16 dot multiplies the raw bits. Tests only: on a GPU none of this is involved."""
     try:
         import triton.language as tl
         from triton.runtime import interpreter
@@ -64,9 +65,10 @@ def one_thread():
 def make_config():
     """A config in which every size differs from every other, so that a swapped pair shows."""
     def make(**changes):
-        small = dict(vocab_size=61, hidden_size=48, intermediate_size=80, moe_intermediate_size=32, num_hidden_layers=3,
-                     num_attention_heads=3, q_lora_rank=20, kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8,
-                     v_head_dim=28, n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2,
+        small = dict(vocab_size=61, hidden_size=48, intermediate_size=80, moe_intermediate_size=32,
+                     num_hidden_layers=3, num_attention_heads=3, q_lora_rank=20, kv_lora_rank=16,
+                     qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=28, n_routed_experts=12,
+                     num_experts_per_tok=3, n_group=4, topk_group=2,
                      first_k_dense_replace=1, max_position_embeddings=128, initializer_range=0.2)
         return DeepSeekV3Config(**{**small, **changes})
     return make

@@ -15,8 +15,10 @@ def test_schedule_has_the_report_s_corners():
     assert schedule(0)[0] == 0 and schedule(0.01)[0] == pytest.approx(0.5) and schedule(0.02)[0] == 1
     assert lr(9.99e12) == 1 and lr(14.29e12) == pytest.approx(0.1, abs=1e-4)
     assert lr((10e12 + 14.3e12) / 2) == pytest.approx(0.55, abs=1e-6)        # half-way down the cosine
-    assert 2.2e-4 * lr(14.4e12) == pytest.approx(2.2e-5) and 2.2e-4 * lr(14.7e12) == pytest.approx(7.3e-6, rel=0.01)
-    assert [schedule(t / 14.8)[1] for t in (0, 14.2, 14.31, 14.8)] == [1, 1, 0, 0]                      # gamma
+    assert 2.2e-4 * lr(14.4e12) == pytest.approx(2.2e-5)
+    assert 2.2e-4 * lr(14.7e12) == pytest.approx(7.3e-6, rel=0.01)
+    # gamma
+    assert [schedule(t / 14.8)[1] for t in (0, 14.2, 14.31, 14.8)] == [1, 1, 0, 0]
     assert [0.3 * schedule(t / 14.8)[2] for t in (0, 9.9, 10.01, 14.8)] == pytest.approx([0.3, 0.3, 0.1, 0.1])
 
 
@@ -24,7 +26,8 @@ def test_the_batch_ramps_over_the_report_s_share_of_the_tokens():
     sizes = batch_sizes(15360, 100_000, ramp=True)
     tokens = sizes.cumsum() / sizes.sum()
     assert sizes[0] == 3072 and sizes.max() == 15360 and (np.diff(sizes) >= 0).all()
-    assert tokens[sizes.argmax()] == pytest.approx(469e9 / 14.8e12, rel=0.01) and (sizes[sizes.argmax():] == 15360).all()
+    assert tokens[sizes.argmax()] == pytest.approx(469e9 / 14.8e12, rel=0.01)
+    assert (sizes[sizes.argmax():] == 15360).all()
     assert batch_sizes(16, 30, ramp=True).tolist() == [3, 11] + 28 * [16]
     assert batch_sizes(4, 3).tolist() == [4, 4, 4]
 
@@ -33,7 +36,8 @@ def test_weight_decay_touches_matrices_only():
     model = DeepSeekV3(DeepSeekV3Config.preset("tiny"))
     optimizer, = make_optimizers(model)
     decayed = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-    assert len(decayed) == len(list(model.parameters())) and all(g["betas"] == (0.9, 0.95) for g in optimizer.param_groups)
+    assert len(decayed) == len(list(model.parameters()))
+    assert all(g["betas"] == (0.9, 0.95) for g in optimizer.param_groups)
     for name, p in model.named_parameters():
         assert decayed[id(p)] == (0.0 if "norm" in name else 0.1), name
 
@@ -110,5 +114,6 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     muon, adamw = make_optimizers(model, "muon")
     names = {id(p): name for name, p in model.named_parameters()}
     by_muon, by_adamw = ({names[id(p)] for g in o.param_groups for p in g["params"]} for o in (muon, adamw))
-    assert {n for n in names.values() if "norm" in n} | {"lm_head.weight", "model.embed_tokens.weight"} == by_adamw
+    ends = {"lm_head.weight", "model.embed_tokens.weight"}
+    assert {n for n in names.values() if "norm" in n} | ends == by_adamw
     assert by_muon == set(names.values()) - by_adamw and "model.layers.1.mlp.experts.up_proj" in by_muon
