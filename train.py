@@ -222,7 +222,8 @@ def read_source(path):
 
 def finetuning_rate(config):
     """1e-5 from 1B active parameters on, as is usual for released models. Below, the rate is proportional to
-    their number to the power of -2/3: 1e-3 for a million, which suits preset tiny, and not more."""
+    their number to the power of -2/3, up to 1e-3 for a million. (A tiny run tuned for 20 steps on other text
+    went from 4.54 bits per byte to 4.35 at 1e-4, 4.18 at 3e-4, 4.03 at 1e-3 and 3.96 at 3e-3.)"""
     with torch.device("meta"):
         active = DeepSeekV3(config).num_params(active=True)
     return min(max(10 * active ** (-2 / 3), 1e-5), 1e-3)
