@@ -249,7 +249,7 @@ def load_weights(model, weights):
     """Fill a model from a whole state_dict. On ranks other than 0 only the shapes of its tensors matter."""
     targets = model.state_dict()
     if missing := targets.keys() - weights.keys():
-        raise ValueError(f"the checkpoint has no weights for {', '.join(sorted(missing)[:3])} of this model.py; "
+        raise ValueError(f"the checkpoint lacks {', '.join(sorted(missing)[:3])} of this model.py; "
                          "use the model.py that it was trained with")
     model.load_state_dict({name: like(target, weights[name]) for name, target in targets.items()})
 
