@@ -509,8 +509,8 @@ class Experts(nn.Module):
         bf16, E = compute_dtype(x) == torch.bfloat16, load.size(0)
         if not x.is_cuda:       # oneDNN compiles a bf16 kernel for each number of rows that it meets
             return 64 if bf16 else 1, 0, False
-        # grouped_mm is one kernel for bf16 on sm_90 and sm_100. Elsewhere each of its nine calls in a training
-        # step waits for the GPU and launches a product per expert; batched products wait only here, once
+        # grouped_mm is one kernel for bf16 on sm_90 and sm_100. Elsewhere each of its nine calls in a
+        # training step waits for the GPU and launches a product per expert; a batched product waits here, once
         if not bf16 or torch.cuda.get_device_properties(x.device).major not in (9, 10):
             busiest, slots = torch.stack([load.max(), load.sum()]).tolist()
             if busiest * E <= 2 * slots:
@@ -538,7 +538,7 @@ class Experts(nn.Module):
 
     def swiglu(self, x, place, rows, ends):
         """Each expert's MLP on its rows. x: (N, D); place: (N*K,), the row of each slot; ends: (E,) int32,
-        the end of each expert's rows, or None: all have rows/E. Returns (rows, D), undefined where no slot is."""
+        the end of each expert's rows; None: all have rows/E. Returns (rows, D), undefined without a slot."""
         x = x.to(compute_dtype(x)).repeat_interleave(place.size(0) // x.size(0), 0)  # (N*K, D), by slot
         x = x.new_zeros(rows, x.size(1)).index_copy_(0, place, x)               # (rows, D), by expert
         g, u = grouped_linear(x, self.gate_proj, ends), grouped_linear(x, self.up_proj, ends)

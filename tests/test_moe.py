@@ -180,7 +180,8 @@ def test_how_experts_are_multiplied_on_which_gpu(make_model, monkeypatch, major,
         is_cuda = True
 
     experts = make_model().model.layers[1].mlp.experts
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(major=major))
+    card = types.SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     x = torch.randn(2, 48, dtype=dtype).as_subclass(SaysItIsOnAGPU)
     assert experts.padding(x, torch.tensor(load)) == padding
 
