@@ -28,6 +28,7 @@ W^O                   o_proj                        lambda, D (MTP)      mtp_los
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -510,7 +511,7 @@ class Experts(nn.Module):
         if not x.is_cuda:       # oneDNN compiles a bf16 kernel for each number of rows that it meets
             return 64 if bf16 else 1, 0, False
         # grouped_mm is one kernel for bf16 on sm_90 and sm_100. Elsewhere each of its nine calls in a
-        # training step waits for the GPU and launches a product per expert; a batched product waits here, once
+        # training step waits for the GPU and launches a product per expert; batched products wait only here
         if not bf16 or torch.cuda.get_device_properties(x.device).major not in (9, 10):
             busiest, slots = torch.stack([load.max(), load.sum()]).tolist()
             if busiest * E <= 2 * slots:
@@ -735,8 +736,7 @@ class DeepSeekV3(nn.Module):
     @staticmethod
     def _cross_entropy(logits, labels):
         """logits: (..., V); labels: (...), -100 ignored. The sum in nats, in fp32."""
-        logits, labels = logits.flatten(0, -2).float(), labels.flatten()
-        return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
 
     def _head_loss(self, h, labels):
         return self._cross_entropy(self.lm_head(h), labels)
@@ -744,13 +744,12 @@ class DeepSeekV3(nn.Module):
     def _chunked_loss(self, h, labels):
         """_head_loss of h (B, T, D), a chunk of tokens at a time: the logits of a real vocabulary would be
         the largest tensor of a training step, so the backward pass computes each chunk's again."""
-        tokens, total = max(LOSS_CHUNK // self.config.vocab_size, 1), 0
+        tokens = max(LOSS_CHUNK // self.config.vocab_size, 1)
         if labels.numel() <= tokens:
             return self._head_loss(h, labels)
-        for chunk in zip(h.flatten(0, 1).split(tokens), labels.flatten().split(tokens)):
-            total = total + torch.utils.checkpoint.checkpoint(self._head_loss, *chunk, use_reentrant=False,
-                                                              preserve_rng_state=False)
-        return total
+        chunks = zip(h.flatten(0, 1).split(tokens), labels.flatten().split(tokens))
+        recomputed = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return sum(recomputed(self._head_loss, *chunk) for chunk in chunks)
 
     def _num_moe_layers(self):
         c = self.config
@@ -795,15 +794,12 @@ class DeepSeekV3(nn.Module):
 
     @classmethod
     def from_pretrained(cls, dir, dtype=None, device=None, **changes):
-        """A model in eval mode from a folder in the released format: config.json and model.safetensors, or
-        its shards with model.safetensors.index.json, in fp32, bf16, fp16 or the release's FP8. dir may also
-        be an id on the Hugging Face Hub, owner/model, which is downloaded if huggingface_hub is installed.
+        """A model in eval mode from a folder in the released format, or from its id on the Hugging Face Hub.
 
-        dtype: of the weights; default as stored, bfloat16 for FP8, which is dequantised; torch.float8_e4m3fn:
+        dtype: of the weights; default as stored, bfloat16 for FP8, which is dequantised. torch.float8_e4m3fn:
         linear layers hold and compute in FP8 (fp8.py), the rest in bfloat16. changes: fields of the config to
-        override. Where the config announces MTP modules and the files hold none (Hugging Face drops them),
-        the model has num_nextn_predict_layers=0. Peak memory: the model and one tensor. ValueError, one
-        sentence, for files that are damaged or hold other tensors than the config asks for.
+        override. MTP modules that the files lack are left out. Peak memory: the model and one tensor.
+        ValueError, one sentence, for damaged files and for tensors other than the config asks for.
         """
         import checkpoint
         return checkpoint.load(cls, dir, dtype, device, **changes)
@@ -811,10 +807,10 @@ class DeepSeekV3(nn.Module):
     def save_pretrained(self, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None):
         """Write the model in the released format, for from_pretrained and for transformers.
 
-        encoding: a tiktoken.Encoding, for tokenizer files, and ends: its data.tokenizer.Ends; by default the
-        files come from the checkpoint that the model was loaded from. fp8: linear layers in FP8 with a scale
-        per 128x128 block and the rest in bf16, as in the release. An earlier checkpoint in dir stays intact
-        until the new one is written; config.json comes last. Export a run of train.py:
+        encoding, ends: a tiktoken.Encoding and its data.tokenizer.Ends, for tokenizer files; default: what
+        the model was loaded with. fp8: linear layers in FP8 with a scale per 128x128
+        block, the rest in bf16, as released. An earlier checkpoint in dir stays intact until the new one is
+        written. To export a run of train.py:
 
             model, encoding, ends, _ = sample.load("out", "cpu")
             model.save_pretrained("export", encoding, ends=ends)

@@ -203,7 +203,7 @@ def test_a_model_that_cannot_be_is_refused(make_config, changes, words):
 
 
 def test_unknown_preset_names_the_known():
-    with pytest.raises(ValueError, match="'huge'.*tiny, small, 16b, 671b"):
+    with pytest.raises(ValueError, match="'huge'.*tiny, mini, small, large, 16b, 671b"):
         DeepSeekV3Config.preset("huge")
 
 
