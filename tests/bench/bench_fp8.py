@@ -74,8 +74,8 @@ def launches(card=None):
 
     def gemms(experts, lengths):
         for dtype, E, J, M, N, K in itertools.product(dtypes, experts, (1, 2), lengths, sizes, sizes):
-            b = fp8.quantize_reference(torch.ones(J, max(E, 1), N, K), 128)
-            b = fp8.Quantized(b.q[0], b.s[0]) if J == 1 else b
+            stack = (max(E, 1),) if J == 1 else (J, max(E, 1))
+            b = fp8.empty_blocks(ends, *stack, N, K)
             yield (partial(fp8.gemm_triton, matrix(M, K), b, dtype, ends[:E] if E else None),
                    (dtype, E, J, M, N, K))
 
@@ -127,7 +127,8 @@ def numbers_in_shared(sass):
         elif op == "STS":
             stored.update(content(args[-1]))
         elif re.fullmatch(r"R\d+", to):
-            for i in range(4 if "128" in op else 2 if "64" in op or "WIDE" in op else 1):
+            wide = ("64" in op or "WIDE" in op) and not op.startswith("SHF")    # SHF.R.U64 writes one register
+            for i in range(4 if "128" in op else 2 if wide else 1):
                 registers.pop(f"R{int(to[1:]) + i}", None)
     return len(stored - {None})
 
