@@ -22,7 +22,6 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -550,6 +549,7 @@ def load(cls, dir, dtype=None, device=None, **changes):
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight      # to_empty parts them
     targets, _ = released_tensors(model)
+    from data.prepare import progress
     for name in progress([n for n in stored if n in expected and n not in copies], f"reading {dir}"):
         tensor, scale = read_weight(stored, name)
         if name + "_scale_inv" in targets:      # stays in FP8
@@ -666,6 +666,7 @@ def split(tensors, copies, fp8, shard_bytes):
 def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None):
     """DeepSeekV3.save_pretrained. An earlier checkpoint goes when all of the new one is on the disk."""
     check_plain(model)
+    from data.prepare import progress
     dir, lib, (tensors, copies) = Path(dir), safetensors(), released_tensors(model)
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -771,23 +772,6 @@ def old_files(dir):
     listed = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else set()
     return {path.name for path in dir.iterdir() if not path.is_dir() and (
         WEIGHT_FILES.fullmatch(path.name) or path.suffix == ".safetensors" and path.name in listed)}
-
-
-def progress(items, what):
-    """items, with progress on a terminal: tqdm's bar where it is installed, else a line now and then."""
-    if not (sys.stderr and sys.stderr.isatty()):
-        yield from items
-        return
-    try:
-        from tqdm import tqdm
-        yield from tqdm(items, what, leave=False, delay=1)
-    except ImportError:
-        shown = time.monotonic()
-        for i, item in enumerate(items):
-            if time.monotonic() > shown + 5:
-                shown = time.monotonic()
-                print(f"{what}: {i} of {len(items)}", file=sys.stderr)
-            yield item
 
 
 def replaced_classes(model):

@@ -1,6 +1,4 @@
-"""
-From a folder that data/prepare.py wrote to batches of windows for training, and to the validation loss.
-"""
+"""From a folder that data/prepare.py wrote to batches of windows for training, and to the validation loss."""
 
 import json
 import math
@@ -16,25 +14,21 @@ from data.tokenizer import encoding_from_json, token_lengths
 
 def open_bin(path, meta):
     """The tokens of a .bin file, (n,) uint16 or uint32, mapped from disk."""
-    itemsize = np.dtype(meta["dtype"]).itemsize
-    check_size(path, meta, itemsize)
-    return np.memmap(path, meta["dtype"], mode="r")
+    return mapped(path, np.dtype(meta["dtype"]), meta)
 
 
 def open_mask(path, meta):
     """(n,) bool: which tokens of a .bin file with pairs are to be predicted; None if all are."""
-    if not meta.get("pairs"):
-        return None
-    check_size(path.with_suffix(".mask"), meta, 1)
-    return np.memmap(path.with_suffix(".mask"), bool, mode="r")
+    return mapped(path.with_suffix(".mask"), np.dtype(bool), meta) if meta.get("pairs") else None
 
 
-def check_size(path, meta, itemsize):
+def mapped(path, dtype, meta):
     size = path.stat().st_size
-    tokens = meta.get(f"{path.stem}_tokens", size // itemsize)      # data of other making may not record it
-    if size != tokens * itemsize:
-        raise ValueError(f"{path} has {size:,} bytes in place of {tokens * itemsize:,}: cut off, or changed "
-                         "since it was prepared; delete the folder and prepare the data again")
+    expected = meta.get(f"{path.stem}_tokens", size // dtype.itemsize) * dtype.itemsize     # if recorded
+    if size != expected:
+        raise ValueError(f"{path} has {size:,} bytes in place of {expected:,}: cut off, or changed since it "
+                         "was prepared; delete the folder and prepare the data again")
+    return np.memmap(path, dtype, mode="r")
 
 
 class Tokens:

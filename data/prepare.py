@@ -9,18 +9,17 @@
 
 A .bin file is a flat array of token ids, np.memmap(file, dtype=meta["dtype"]):
     separator, document, separator, document, ...       # the separator stands *before* each document
-The separator is the token that ends a text. A model that expects a token before each text finds that after
-the separator. The last 10% of the raw bytes are val. The cut is made before tokenising, so that every
-tokenizer is judged on the same text; a document that lies across the cut continues in val without a
-separator.
+The separator is the token that ends a text; where a model expects a token before each text, it follows. The
+last 10% of the raw bytes are val. The cut is made before tokenising, so that every tokenizer is judged on the
+same text; a document that lies across the cut continues in val without a separator.
 
 A .jsonl file holds a JSON object per line. {"text": ...} is a document. {"prompt": ..., "completion": ...} is
-one too, but only the completion and the separator behind it are trained on: train.mask and val.mask hold a
+one too, but only the completion and the separator after it are trained on: train.mask and val.mask hold a
 byte per token, 1 where the token is to be predicted. A pair is never cut, and special tokens in it, such as
 <|im_start|>, become their ids.
 
-Fill-in-middle (§4.1 of the DeepSeek-V3 report): of the documents that lie in train as a whole, --fim_rate are
-cut at two random characters and written as prefix, suffix, middle, from which a model learns to fill a hole:
+Fill-in-middle (§4.1 of the DeepSeek-V3 report): of the documents that are all in train, the share --fim_rate
+is cut at two random characters and reordered, from which a model learns to fill a hole:
     separator, <｜fim▁begin｜>, prefix, <｜fim▁hole｜>, suffix, <｜fim▁end｜>, middle, separator, ...
 """
 
@@ -48,18 +47,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))   # this file runs as a sc
 from data.tokenizer import BYTES, FIM, Ends, encode, encoding_to_json, fim_ids, get_tokenizer  # noqa: E402
 from data.tokenizer import read_ends, with_special_tokens  # noqa: E402
 
-try:
-    import fcntl
-except ImportError:     # not a Unix: there, nothing keeps two preparations of one folder apart
-    fcntl = None
-
 SOURCES = ("stdlib", "shakespeare", "fineweb")
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 FINEWEB_BYTES = 1_000_000_000  # of text, where --source fineweb stops
 STDLIB_SKIP = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test",   # no library,
                "encodings", "pydoc_data", "config-*", "_sysconfigdata*")                        # generated
 TABLES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".ipynb", ".xlsx")
-FILES = ("train.bin", "val.bin", "train.mask", "val.mask", "encoding.json", "meta.json")    # in this order
+FILES = ("train.bin", "val.bin", "train.mask", "val.mask", "encoding.json", "meta.json")
 
 # ------------------------------------------------------------------------------------------------------------
 # Sources
@@ -73,8 +67,6 @@ class Document(NamedTuple):
 
 def documents(source: str, input, out_dir: Path):
     """An iterator of Documents."""
-    if input is not None and source != "stdlib":
-        raise ValueError("give either a source or an input, not both")
     if input is not None:
         path = Path(input)
         if path.is_dir():
@@ -111,8 +103,8 @@ def text_fault(raw: bytes) -> str | None:
 
 
 def folder(root: Path, pattern: str, skip: tuple, out_dir: Path):
-    """Each text file below root whose name fits pattern, by relative path, without files and folders named in
-    skip."""
+    """Each text file below root whose name fits pattern, by relative path; skip names files and folders to
+    leave out."""
     paths, odd, found = [], [], False
     for where, folders, names in os.walk(root):
         own = FILES if Path(where).resolve() == out_dir.resolve() else ()   # our output is not our input
@@ -168,37 +160,31 @@ def shakespeare():
 def fineweb():
     try:
         from datasets import load_dataset
-        from tqdm import tqdm
     except ImportError as error:
         raise ImportError("--source fineweb needs the datasets package: pip install datasets") from error
     size = 0
     rows = load_dataset("HuggingFaceFW/fineweb-edu", name="sample-10BT", split="train", streaming=True)
-    with tqdm(total=FINEWEB_BYTES, unit="B", unit_scale=True, disable=None) as bar:     # on terminals only
-        for number, row in enumerate(rows):
-            if text := row["text"].encode():
-                yield Document(text, f"document {number}")
-                size += len(text)
-                bar.update(len(text))
-            if size >= FINEWEB_BYTES:
-                break
+    for number, row in enumerate(progress(rows, "downloading FineWeb-Edu")):
+        if text := row["text"].encode():
+            yield Document(text, f"document {number}")
+            size += len(text)
+        if size >= FINEWEB_BYTES:
+            break
 
 
-def progress(items: list, what: str):
-    """The items, counted on a terminal: by tqdm where it is installed, else by a line now and then."""
-    if not (sys.stderr and sys.stderr.isatty()) or os.environ.get("RANK", "0") != "0":
-        yield from items
-        return
+def progress(items, what: str):
+    """items, with progress on a terminal: tqdm's bar where it is installed, else a line now and then."""
+    shown = sys.stderr and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     try:
         from tqdm import tqdm
+        yield from tqdm(items, what, leave=False, delay=1, disable=not shown)
     except ImportError:
         last = time.monotonic()
         for number, item in enumerate(items):
-            if time.monotonic() - last > 10:
+            if shown and time.monotonic() - last > 10:
                 print(f"{what}: {number:,} of {len(items):,}", file=sys.stderr)
                 last = time.monotonic()
             yield item
-    else:
-        yield from tqdm(items, what, leave=False, delay=1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -213,9 +199,8 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
     {train,val}_tokens, {train,val}_bytes, {train,val}.bin_crc32 (by which a resumed run knows its data),
     fim_rate, fim_documents.
 
-    All or nothing: when it raises (ValueError for bad input, OSError, ImportError, KeyboardInterrupt), an
-    earlier dataset in out_dir is untouched and nothing is left beside it. Memory: one document with its
-    tokens at a time. """
+    Raises ValueError for bad input, OSError or ImportError; an earlier dataset in out_dir is then untouched.
+    Memory: one document with its tokens at a time. """
     out_dir = Path(out_dir)
     if not 0 <= fim_rate <= 1:
         raise ValueError(f"--fim_rate must be from 0 to 1, got {fim_rate}")
@@ -233,11 +218,8 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
                     "tokenizer": enc.name, "separator": ends.eos[0], "bos": ends.bos, "eos": list(ends.eos),
                     "add_bos": ends.add_bos, "source": Path(input).name if input else source}
             meta |= write_tokens(docs, enc, ends, meta["dtype"], staged, fim_rate)
-            texts = {"encoding.json": encoding_to_json(enc), "meta.json": json.dumps(meta, indent=2) + "\n"}
-            for name, text in texts.items():
-                with open(staged / name, "w", encoding="utf-8") as file:
-                    file.write(text)
-                    sync(file)
+            (staged / "encoding.json").write_text(encoding_to_json(enc), encoding="utf-8")
+            (staged / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             publish(staged, out_dir)
     print(f"{out_dir}: {meta['train_tokens']:,} train + {meta['val_tokens']:,} val tokens from "
           f"{meta['documents']:,} documents")
@@ -250,20 +232,16 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
 
 @contextlib.contextmanager
 def alone_in(out_dir: Path):
-    """Waits for other preparations of the folder, and removes what a killed one left. The kernel releases the
-    lock."""
-    if fcntl is None:
-        yield
-        return
-    folder = os.open(out_dir, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):      # some network drives have no locks
+    """Waits for other preparations of the folder, and removes what a killed one left."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):     # Windows and some network drives have no locks
+            import fcntl
+            folder = os.open(out_dir, os.O_RDONLY)
+            stack.callback(os.close, folder)
             fcntl.flock(folder, fcntl.LOCK_EX)
             for left in out_dir.glob(".prepare-*"):
                 shutil.rmtree(left, ignore_errors=True)
         yield
-    finally:
-        os.close(folder)
 
 
 class Split:
@@ -300,7 +278,7 @@ class Split:
 
 
 def write_tokens(docs, enc: tiktoken.Encoding, ends: Ends, dtype: str, where: Path, fim_rate=0.0) -> dict:
-    """Writes train.bin and val.bin of docs into `where`; returns the counts for meta.json."""
+    """Writes docs to train.bin and val.bin in the folder `where`; returns the counts for meta.json."""
     with contextlib.ExitStack() as stack:
         raw, queue = stack.enter_context(open(where / "raw", "w+b")), []
         for text, name, prompt in docs:     # the cut needs the total: the text waits on disk, not in memory
@@ -332,11 +310,10 @@ def write_tokens(docs, enc: tiktoken.Encoding, ends: Ends, dtype: str, where: Pa
                     train.add([token])
                     train.add_text(part.encode(), name)
                 fims += 1
-            elif 0 < at < size:
-                train.add_text(doc[:at], name)
-                val.add_text(doc[at:], name)
             else:
-                split.add_text(doc, name)
+                for split, part in (train, doc[:at]), (val, doc[at:]):
+                    if part:
+                        split.add_text(part, name)
         if not train.bytes or not val.bytes:
             raise ValueError(f"too little text to split into train and val: {total} bytes")
         for split in train, val:
@@ -358,23 +335,17 @@ def write_tokens(docs, enc: tiktoken.Encoding, ends: Ends, dtype: str, where: Pa
 
 def sync(file) -> None:
     file.flush()
-    os.fsync(file.fileno())  # a full disk shows here at the latest, before anything is renamed
+    os.fsync(file.fileno())     # a full disk shows here at the latest, before an earlier dataset goes
 
 
 def publish(staged: Path, out_dir: Path) -> None:
-    """Moves FILES from staged to out_dir in place of the old ones, which come back if a move fails. meta.json
-    is the first to go and the last to come: who sees it sees a whole dataset."""
-    (staged / "old").mkdir()
-    moves = [(out_dir / n, staged / "old" / n) for n in reversed(FILES) if (out_dir / n).exists()]
-    moves += [(staged / n, out_dir / n) for n in FILES if (staged / n).exists()]
-    try:
-        for here, there in moves:
-            os.replace(here, there)
-    except BaseException:
-        for here, there in reversed(moves):
-            if not here.exists():
-                os.replace(there, here)
-        raise
+    """Puts FILES in place of the old ones. meta.json is the first to go and the last to come: a reader who
+    finds it finds a whole dataset."""
+    for name in reversed(FILES):
+        (out_dir / name).unlink(missing_ok=True)
+    for name in FILES:
+        if (staged / name).exists():
+            os.replace(staged / name, out_dir / name)
 
 
 def main() -> None:
@@ -384,24 +355,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--source", choices=SOURCES,
-                      help="Python's own library (the default), tinyshakespeare (downloads 1 MB) or "
-                           "FineWeb-Edu (downloads 1 GB, needs pip install datasets)")
-    text.add_argument("--input", metavar="FILE_OR_DIR",
-                      help="your own text: a UTF-8 file, a .jsonl of texts or pairs, or a folder of them")
-    parser.add_argument("--out_dir", metavar="DIR",
-                        help="default: a folder beside prepare.py, named after the text")
+    text.add_argument("--source", choices=SOURCES, default="stdlib",
+                      help="fineweb (FineWeb-Edu, 1 GB) needs pip install datasets")
+    text.add_argument("--input", metavar="FILE_OR_DIR", help="a UTF-8 file, a .jsonl, or a folder of them")
+    parser.add_argument("--out_dir", metavar="DIR", help="default: beside prepare.py, named after the text")
     parser.add_argument("--tokenizer", default="bytes", metavar="bytes|gpt2|PATH",
-                        help="bytes (the default), gpt2, a released model's folder, a .tiktoken file or a "
-                             "tokenizer.json of byte-level BPE")
+                        help="PATH: a released model's folder, a tokenizer.json or a .tiktoken file")
     parser.add_argument("--fim_rate", type=float, default=0.0,
                         help="share of the documents to write as prefix, suffix, middle (the report: 0.1)")
     args = parser.parse_args()
-    source = args.source or "stdlib"
-    name = source if args.input is None else Path(args.input).resolve().stem
+    name = args.source if args.input is None else Path(args.input).resolve().stem
+    out_dir = args.out_dir or Path(__file__).parent / name
     try:
-        out_dir = args.out_dir or Path(__file__).parent / name
-        prepare(out_dir, source, args.input, args.tokenizer, args.fim_rate)
+        prepare(out_dir, args.source, args.input, args.tokenizer, args.fim_rate)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"prepare.py: {error}")
 

@@ -415,8 +415,8 @@ def tokenizer_files(enc: tiktoken.Encoding, ends: Ends | None = None) -> dict:
 
 
 def encoding_to_tokenizer_json(enc: tiktoken.Encoding, bos: int | None = None) -> dict:
-    """Contents of a tokenizer.json that gives Hugging Face's library the same ids, and bos before each text if
-    it is not None. The inverse of from_tokenizer_json."""
+    """Contents of a tokenizer.json from which Hugging Face makes the same ids, with bos before each text if
+    it is given. The inverse of from_tokenizer_json."""
     letters = {b: c for c, b in byte_alphabet().items()}
     special = sorted(enc._special_tokens.items(), key=lambda item: item[1])
     merges, whole = needed_merges(enc._mergeable_ranks)

@@ -836,20 +836,6 @@ def test_the_models_own_context_is_exported(tmp_path, make_model):
     assert json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"] == 77
 
 
-@pytest.mark.parametrize("tqdm", [True, False])
-def test_progress_shows_on_a_terminal_only(monkeypatch, capsys, tqdm):
-    if tqdm:
-        pytest.importorskip("tqdm")
-    else:
-        monkeypatch.setitem(sys.modules, "tqdm", None)
-    clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(clock))
-    assert list(checkpoint.progress(range(4), "reading x")) == [0, 1, 2, 3] and capsys.readouterr().err == ""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert list(checkpoint.progress(range(4), "reading x")) == [0, 1, 2, 3]
-    assert tqdm or capsys.readouterr().err == "reading x: 1 of 4\nreading x: 3 of 4\n"
-
-
 def index(**changes):
     def damage(dir):
         path = dir / "model.safetensors.index.json"
