@@ -340,7 +340,7 @@ def test_fineweb_stops_at_its_bytes(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install datasets"):
         prepare(tmp_path / "out", "fineweb")
 
-    rows = ({"text": text} for text in ["é" * 10, "", "b" * 20, "never read"])
+    rows = iter([{"text": text} for text in ["é" * 10, "", "b" * 20, "never read"]])
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **k: rows))
     monkeypatch.setattr(prep, "FINEWEB_BYTES", 40)
     assert prepare(tmp_path / "out", "fineweb")["documents"] == 2
