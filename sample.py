@@ -182,15 +182,14 @@ def load(path, device, dtype=None, ema=False):
     with torch.device("meta"):
         model = DeepSeekV3(DeepSeekV3Config(**ckpt["config"]))
     if ckpt["replaced"] != replaced_classes(model):
-        raise ValueError(f"{ckpt['path']} was trained with {', '.join(ckpt['replaced']) or 'nothing'} in place of "
-                         "model.py's own; replace the same before you load it")
+        raise ValueError(f"{ckpt['path']} was trained with {', '.join(ckpt['replaced']) or 'nothing'} in place "
+                         "of model.py's own; replace the same before you load it")
     model.load_state_dict(ckpt["ema" if ema else "model"], assign=True)
     model.source_files = ckpt["source_files"]
     bf16 = device.type == "cuda" and has_bf16(device)
     model.to(device, dtype or (torch.bfloat16 if bf16 else torch.float32))
     encoding = encoding_from_json(ckpt["encoding"])
-    return Loaded(model.eval(), encoding, ends_of_data(ckpt["meta"]),
-                  max(ckpt["train_config"]["block_size"], 2))
+    return Loaded(model.eval(), encoding, ends_of_data(ckpt["meta"]), model.config.max_position_embeddings)
 
 
 def read_run(path):

@@ -39,7 +39,7 @@ from checkpoint import (FORMAT, Parser, has_bf16, keep_best, load_optimizer, loa
                         pick_device, read_config, released_folder, replaced_classes, save_run, sole_process,
                         whole, write_atomically, writing)
 from data.loader import Validation, open_data
-from data.tokenizer import encoding_from_json, get_tokenizer, same_ids, token_bytes
+from data.tokenizer import encoding_from_json, ends_of_data, get_tokenizer, same_ids, token_bytes
 from model import MTP, DeepSeekV3, DeepSeekV3Config, Gate
 from optim import averaged_model, batch_sizes, make_optimizers, schedule
 
@@ -53,7 +53,8 @@ def option(default, help):
 
 @dataclass
 class TrainConfig:
-    preset: str = option("tiny", "model and recipe to start from: tiny, small, 16b, 671b")
+    preset: str = option(None, "model and recipe to start from: tiny, mini, small, large, 16b, 671b; "
+                               "default: mini on an NVIDIA GPU, else tiny")
     data_dir: str = option("data/stdlib", "folder with train.bin and val.bin, see data/prepare.py")
     out_dir: str = option("out", "folder for ckpt.pt, best.pt and log.jsonl")
     resume: bool = option(False, "continue from OUT_DIR/ckpt.pt, with its settings")
@@ -83,12 +84,15 @@ class TrainConfig:
     log_interval: int = option(10, "steps between progress lines")
 
 
-# What the flags above default to, by preset. "tiny" was tuned by measurement on two CPU cores (README); the
-# others follow common practice for their size, 671b the report (§4.2), and have not been run.
+# What the flags above default to, by preset. "tiny" was tuned by measurement on two CPU cores, 671b follows
+# the report (§4.2), the others common practice for their size. Only "tiny" has been run as a whole.
 RECIPES = {
     "tiny": dict(optimizer="muon", learning_rate=0.015, max_iters=500, batch_size=24, block_size=128,
                  eval_interval=250),
+    "mini": dict(learning_rate=1e-3, max_iters=2000, batch_size=64, block_size=512, eval_interval=250),
     "small": dict(learning_rate=6e-4, max_iters=20000, batch_size=32, block_size=1024, eval_interval=1000),
+    "large": dict(learning_rate=4e-4, max_iters=20000, batch_size=4, block_size=2048,
+                  gradient_accumulation_steps=32, eval_interval=1000),
     "16b": dict(learning_rate=4.2e-4, max_iters=100000, batch_size=8, block_size=4096, eval_interval=1000),
     "671b": dict(learning_rate=2.2e-4, max_iters=235000, batch_size=8, block_size=4096, eval_interval=1000),
 }
@@ -161,11 +165,13 @@ def settings(given):
                 f"{model_flags['rope_scaling']}")
         config = dataclasses.replace(config, **model_flags)
     else:
-        preset = given.get("preset", TrainConfig.preset)
+        on_gpu = torch.cuda.is_available() and given.get("device", "auto") in ("auto", "cuda")
+        preset = given.get("preset", "mini" if on_gpu else "tiny")
         config = DeepSeekV3Config.preset(preset)
-        cfg = TrainConfig(**RECIPES[preset] | flags)
+        cfg = TrainConfig(**RECIPES[preset] | flags | {"preset": preset})
         # the trained length travels with the model: positions beyond it are noise
-        config = dataclasses.replace(config, **{"max_position_embeddings": cfg.block_size} | model_flags)
+        trained = {"max_position_embeddings": max(cfg.block_size, 2)}
+        config = dataclasses.replace(config, **trained | model_flags)
     check(cfg, config, ckpt)
     return cfg, config, ckpt
 
@@ -421,13 +427,13 @@ def warn_of_memory(model, cfg, device, dtype):
             f"about {need / 2**30:.0f} GB, and this {device.type} has {have / 2**30:.0f}; lower one of them")
 
 
-def short_sample(model, separator, encoding, cfg):
+def short_sample(model, ends, encoding, cfg):
     """How a document may begin, at most 64 tokens of it, sampled with a fixed seed of its own."""
     dice = torch.Generator(model.lm_head.weight.device).manual_seed(cfg.seed)
-    start = torch.tensor([[separator]], device=dice.device)
-    tokens = model.generate(start, min(64, cfg.block_size - 1), 0.8, stop=[separator], generator=dice)
+    start = torch.tensor([[ends.begin]], device=dice.device)
+    tokens = model.generate(start, min(64, cfg.block_size - 1), 0.8, stop=ends.eos, generator=dice)
     enc = encoding_from_json(encoding)
-    text = b"".join(token_bytes(enc, token) for token in tokens[0, 1:].tolist() if token != separator)
+    text = b"".join(token_bytes(enc, token) for token in tokens[0, 1:].tolist() if token not in ends.eos)
     return text.decode("utf-8", "replace")
 
 
@@ -512,7 +518,9 @@ def train(given, on_log):
                          f"script has {now}; replace the same")
     validation = Validation(Path(cfg.data_dir, "val.bin"), meta, encoding, cfg.block_size)
     if rank == 0 and cfg.resume and ckpt["path"] != str(out_dir / "ckpt.pt"):
-        os.replace(ckpt["path"], out_dir / "ckpt.pt")       # in place of the damaged one
+        if (out_dir / "ckpt.pt").exists():
+            os.replace(out_dir / "ckpt.pt", out_dir / "ckpt.damaged.pt")
+        os.replace(ckpt["path"], out_dir / "ckpt.pt")
     if rank == 0 and world > 1:
         dist.broadcast(torch.zeros(1), 0)
 
@@ -656,7 +664,7 @@ def train(given, on_log):
                     val |= {f"{key}_ema": value for key, value in averaged.items()}
                 if rank == 0 and not cfg.fsdp and math.isfinite(val["val_loss"]):
                     with autocast():
-                        val["sample"] = short_sample(raw_model, meta["separator"], encoding, cfg)
+                        val["sample"] = short_sample(raw_model, ends_of_data(meta), encoding, cfg)
                 entry |= val
             entry["elapsed_s"] = time.monotonic() - START
             if rank == 0:

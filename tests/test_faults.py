@@ -107,8 +107,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(data_dir, run_dir, co
     assert_equal_runs(run_dir, copy)
     assert [e["iter"] for e in log(copy)] == [e["iter"] for e in log(run_dir)]
     assert checkpoint.load_run(copy / "ckpt.pt")["state"]["step"] == 4 and not (copy / "ckpt.pt.tmp").exists()
-    # the damaged one did not displace it
+    # the damaged one did not displace it, and is kept
     assert checkpoint.load_run(copy / "ckpt.prev.pt")["state"]["step"] == 2
+    assert (copy / "ckpt.damaged.pt").exists() == (damage.__code__.co_names[-1] != "unlink")
 
 
 def test_both_damaged_is_one_sentence(copy):
