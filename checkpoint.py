@@ -16,20 +16,22 @@ import dataclasses
 import difflib
 import inspect
 import json
-import math
 import os
 import re
 import shutil
 import sys
 import tempfile
 import zipfile
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 
+from data.prepare import progress
+from data.tokenizer import get_tokenizer, read_json, same_ids, tokenizer_files
 from model import DeepSeekV3, DeepSeekV3Config
 
 try:
@@ -264,44 +266,39 @@ def load_optimizer(optimizer, saved):
 # ------------------------------------------------------------------------------------------------------------
 # Released checkpoints
 
-STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-SCALE_DTYPES = [*STORED_DTYPES, "F8_E8M0"]
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FP8_FORMAT = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
               "weight_block_size": [128, 128]}
-# Keys of config.json that are absent or have this value; no tensor would show another one
-FIXED = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1,
-         "attention_bias": False, "attention_dropout": 0, "rope_interleave": True, "partial_rotary_factor": 1,
-         "index_topk": None, "sliding_window": None}
+# What a config.json says besides the fields of DeepSeekV3Config
+ALSO = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1,
+        "attention_bias": False, "attention_dropout": 0.0}
+# Keys that must be absent, null or this: no tensor would show another value
+FIXED = {**ALSO, "rope_interleave": True, "partial_rotary_factor": 1, "truncate": True, "index_topk": None,
+         "sliding_window": None}
 # The model types that compute what DeepSeek-V3 does, with defaults of their own
 SAME_MODEL = {"deepseek_v3": {}, "kimi_k2": {},
               "glm4_moe_lite": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 4, "rms_norm_eps": 1e-5,
                                 "first_k_dense_replace": 1, "routed_scaling_factor": 1.8,
                                 "max_position_embeddings": 202752}}
 OTHER_MODELS = {"deepseek_v2": "its router uses a softmax", "deepseek_v32": "its attention is sparse",
-                "deepseek_v4": "its attention is not MLA", "glm_moe_dsa": "its attention is sparse",
-                "glm4_moe": "its attention is not MLA", "kimi_linear": "most of its attention is linear",
-                "kimi_k25": "it also reads images", "deepseek_vl_v2": "it also reads images"}
-# What says where texts begin and end: an export keeps these files, up to this size each
-SIDE_FILES = re.compile(r"(generation_config|tokenizer(_config)?|special_tokens_map|added_tokens)\.json"
-                        r"|tiktoken\.model|tokenization_\w+\.py|chat_template\.(json|jinja)"
-                        r"|additional_chat_templates/\w+\.jinja")
-SIDE_BYTES = 2**26
-YARN_NUMBERS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
-                "mscale_all_dim", "attention_factor")
-WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+                "deepseek_v4": "its attention is not MLA"}
+TOKEN_IDS = "bos_token_id", "eos_token_id", "pad_token_id"
+INDEX = "model.safetensors.index.json"
+WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+# What says where texts begin and end, and how chats are written: an export keeps these files
+SIDE_FILES = re.compile(r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map"
+                        r"|added_tokens)\.json|tiktoken\.model|tokenization_\w+\.py"
+                        r"|chat_template\.(json|jinja)")
 
 
-class Stored(NamedTuple):
-    file: Path
-    dtype: str      # as the file's header spells it
-    shape: tuple
+Stored = namedtuple("Stored", "file dtype shape")
 
 
 def released_folder(name):
     """The folder of a path or, if there is none, of an id on the Hugging Face Hub (owner/name), which
     huggingface_hub downloads. ImportError without that, ValueError if the Hub refuses."""
     path = Path(name)
-    if path.parent.exists() or path.is_absolute() or len(path.parts) != 2 or str(name).startswith("."):
+    if len(path.parts) != 2 or path.parent.exists():
         return path
     try:
         from huggingface_hub import snapshot_download
@@ -319,17 +316,6 @@ def one_line(e):
     return " ".join(str(e).split())[:200]
 
 
-def read_json(path):
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        reason = f"it holds a {type(content).__name__}"
-    except (ValueError, RecursionError) as e:
-        reason = one_line(e)
-    raise ValueError(f"{path} is not a JSON object: {reason}")
-
-
 # ----------------------------------------------------------------------------------------------- config.json
 
 def read_config(dir):
@@ -344,41 +330,38 @@ def read_config(dir):
         raise ValueError(f"{dir} is no folder with a config.json")
     raw = read_json(path)
     try:
-        kind = raw.get("model_type", "deepseek_v3")
-        if not isinstance(kind, str) or kind not in SAME_MODEL:
-            why = OTHER_MODELS.get(str(kind), "only models that compute the same as DeepSeek-V3 are")
-            raise ValueError(f"model_type={repr(kind)[:100]} is not supported: {why}; choose a checkpoint "
-                             f"of type {' or '.join(SAME_MODEL)}")
-        check_fixed(raw)
-        quantized = raw.get("quantization_config") or {}
-        for key, value in FP8_FORMAT.items():
-            if quantized and (not isinstance(quantized, dict) or quantized.get(key, value) != value):
-                raise ValueError(f"quantization_config={repr(quantized)[:200]} is not supported, only "
-                                 f"DeepSeek's FP8 is, whose {key} is {value!r}")
+        kind = str(raw.get("model_type", "deepseek_v3"))
+        if kind not in SAME_MODEL:
+            why = OTHER_MODELS.get(kind, "only models that compute the same as DeepSeek-V3 are")
+            raise ValueError(f"model_type={kind[:100]!r} is not supported: {why}")
+        check_fixed(raw, FIXED)
+        check_fixed(read_object(raw, "quantization_config"), FP8_FORMAT)
         raw = {"num_nextn_predict_layers": 0, **SAME_MODEL[kind], **raw, **read_rope(raw)}
         for key in "num_nextn_predict_layers", "n_shared_experts":
             if raw.get(key, 0) is None:
                 raw[key] = 0
-        config = DeepSeekV3Config(**{f.name: read_value(f.name, f.type, raw[f.name])
-                                     for f in dataclasses.fields(DeepSeekV3Config) if f.name in raw})
-        if (kinds := raw.get("mlp_layer_types")) is not None:       # glm4_moe_lite's first_k_dense_replace
-            layers, shown = config.num_hidden_layers, repr(kinds)[:100]
-            kinds = kinds[:layers] if isinstance(kinds, list) else []
-            dense = config.first_k_dense_replace = kinds.count("dense")
-            if len(kinds) < layers or kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
-                raise ValueError(f"mlp_layer_types={shown} is not supported; it must be 'dense' for the "
-                                 f"first layers and 'sparse' for the rest, {layers} in all")
-        return config
+        if (kinds := raw.get("mlp_layer_types")) is not None:       # in place of first_k_dense_replace
+            dense = kinds.count("dense") if isinstance(kinds, list) else 0
+            if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
+                raise ValueError(f"mlp_layer_types={repr(kinds)[:100]} is not supported, only 'dense' for "
+                                 "the first layers and 'sparse' for the rest")
+            raw["first_k_dense_replace"] = dense
+        return DeepSeekV3Config(**{f.name: read_value(f.name, f.type, raw[f.name])
+                                   for f in dataclasses.fields(DeepSeekV3Config) if f.name in raw})
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
 
 
-def check_fixed(section):
-    for key in FIXED.keys() & section.keys():
-        # null means absent, except for rope_interleave, where transformers takes null for false
-        if section[key] != FIXED[key] and (section[key] is not None or key == "rope_interleave"):
-            raise ValueError(f"{key}={repr(section[key])[:100]} is not supported, only {FIXED[key]!r} is; "
-                             "choose a checkpoint of DeepSeek-V3's own architecture")
+def check_fixed(section, fixed):
+    for key in fixed.keys() & section.keys():
+        if section[key] is not None and section[key] != fixed[key]:
+            raise ValueError(f"{key}={repr(section[key])[:100]} is not supported, only {fixed[key]!r} is")
+
+
+def read_object(raw, key):
+    if raw.get(key) is not None and not isinstance(raw[key], dict):
+        raise ValueError(f"{key} must be a JSON object, got {repr(raw[key])[:100]}")
+    return raw.get(key) or {}
 
 
 def read_value(name, kind, value):
@@ -394,102 +377,78 @@ def read_value(name, kind, value):
 
 def read_rope(raw):
     """rope_theta and rope_scaling, or both in rope_parameters, which transformers 5 writes but reads last."""
-    for key in "rope_scaling", "rope_parameters":
-        if raw.get(key) is not None and not isinstance(raw[key], dict):
-            raise ValueError(f"{key} must be a JSON object, got {repr(raw[key])[:100]}")
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    check_fixed(rope)
-    theta = rope.pop("rope_theta", raw.get("rope_theta", DeepSeekV3Config.rope_theta))
+    rope = {**(read_object(raw, "rope_scaling") or read_object(raw, "rope_parameters"))}
+    check_fixed(rope, FIXED)
     if "original_max_position_embeddings" in raw:
         rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
-    for key, value in rope.items():
-        if isinstance(value, dict):
-            raise ValueError(f"RoPE parameters by kind of layer ({key[:100]!r}) are not supported")
-        if key in YARN_NUMBERS and value is not None:
-            read_value(f"rope_scaling['{key}']", int | float, value)
-    theta = read_value("rope_theta", float, theta)
-    if theta <= 1:
-        raise ValueError(f"rope_theta must be over 1, got {theta}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    if kind != "yarn" or rope.get("factor") is None:
-        raise ValueError(f"rope_scaling={repr(rope)[:200]} is not supported, only YaRN with a 'factor' is")
+    for key in rope.keys() - FIXED.keys() - {"type", "rope_type"}:
+        if rope[key] is not None:
+            read_value(f"{key[:100]!r} of RoPE", int | float, rope[key])
+    theta = read_value("rope_theta", float, rope.pop("rope_theta", raw.get("rope_theta", 10000)))
     fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
-    if not 1e-3 < slow <= fast or rope.get("truncate", True) is not True:
-        raise ValueError("rope_scaling must have 0.001 < beta_slow <= beta_fast, and not truncate=false, as "
-                         f"DeepSeek-V3 rounds YaRN's range; got {repr(rope)[:200]}")
-    return {"rope_theta": theta, "rope_scaling": rope}
+    if theta <= 1 or not 0.001 < slow <= fast:
+        raise ValueError(f"RoPE needs rope_theta > 1 and 0.001 < beta_slow <= beta_fast, got {theta}, {slow} "
+                         f"and {fast}")
+    plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    return {"rope_theta": theta, "rope_scaling": None if plain else rope}
 
 
 # --------------------------------------------------------------------------------------------------- loading
 
 def find_tensors(dir):
-    """The safetensors files of a folder -> {tensor's name: Stored}, from their headers only; and {name: file}
-    of the tensors that the index places in missing files."""
-    index, weight_map, files = dir / "model.safetensors.index.json", {}, ["model.safetensors"]
+    """The safetensors files of a folder -> {tensor's name: Stored}, from their headers only."""
+    index, files = dir / INDEX, ["model.safetensors"]
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no weight_map")
-        files = list(dict.fromkeys(map(str, weight_map.values())))
-    elif not (dir / files[0]).is_file():
-        raise ValueError(f"{dir} has no {files[0]}; weights are read from safetensors, never from pickles")
+        files = sorted({str(file) for file in weight_map.values()})
     stored = {}
     for file in files:
         path = dir / file
         if file != path.name or not file.endswith(".safetensors") or not file.isprintable():
             raise ValueError(f"{index} names {file!r}, which is no safetensors file of its own folder")
-        if path.is_file():
-            with open_safetensors(path) as f:
-                for name in f.keys():
-                    if name in stored:
-                        first = stored[name].file.name
-                        raise ValueError(f"{dir} has {name[:200]!r} in two files, {first} and {file}")
-                    view = f.get_slice(name)
-                    stored[name] = Stored(path, view.get_dtype(), tuple(view.get_shape()))
-    lost = {file for file in files if not (dir / file).is_file()}
-    return stored, {name: file for name, file in weight_map.items() if file in lost}
-
-
-def safetensors():
-    try:
-        import safetensors.torch
-        return safetensors
-    except ImportError:
-        raise ImportError("released checkpoints need safetensors: pip install safetensors") from None
+        if not path.is_file():
+            raise ValueError(f"{dir} has no {file}; complete the download (weights are read from "
+                             "safetensors, never from pickles)")
+        with open_safetensors(path) as f:
+            for name in f.keys():
+                view = f.get_slice(name)
+                stored[name] = Stored(path, view.get_dtype(), tuple(view.get_shape()))
+    return stored
 
 
 def open_safetensors(file):
     try:
-        return safetensors().safe_open(file, "pt")
-    except (safetensors().SafetensorError, OSError, ValueError, RuntimeError) as e:
+        return safetensors.safe_open(file, "pt")
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as e:
         raise ValueError(f"{file} is damaged or no safetensors file: {one_line(e)}") from None
 
 
-def read_tensor(file, name):
+def read_tensor(stored, name):
     """One tensor, on the CPU. Opens the file each time, as all that was read stays in memory until then."""
-    with open_safetensors(file) as f:
+    with open_safetensors(stored[name].file) as f:
         return f.get_tensor(name)
 
 
 def read_weight(stored, name):
-    """A tensor and, if it is stored in FP8, the scale of each 128x128 block in fp32, else None."""
-    tensor, scale_name = read_tensor(stored[name].file, name), name + "_scale_inv"
+    """A tensor, in fp32 if it is stored in FP8."""
     if stored[name].dtype != "F8_E4M3":
-        return tensor, None
-    scale = read_tensor(stored[scale_name].file, scale_name).float()
-    if not (scale.isfinite() & (scale >= 0)).all():
-        raise ValueError(f"{stored[name].file}: {scale_name} holds scales that are negative or not finite; "
-                         "the file is damaged")
-    return tensor, scale
-
-
-def dequantize(tensor, scale):
-    if scale is None:
-        return tensor
+        return read_tensor(stored, name)
     from fp8 import weight_dequant      # imports Triton, which is slow
-    return weight_dequant(tensor, scale)
+    return weight_dequant(*read_in_fp8(stored, name))
+
+
+def read_in_fp8(stored, name):
+    """A tensor in FP8 and the fp32 scale of each 128x128 block."""
+    if stored[name].dtype != "F8_E4M3":
+        from fp8 import quantize_reference
+        return quantize_reference(read_tensor(stored, name), 128)
+    scale = read_tensor(stored, name + "_scale_inv").float()
+    if not (scale.isfinite() & (scale >= 0)).all():
+        raise ValueError(f"{stored[name].file} is damaged: {name}_scale_inv holds scales that are negative "
+                         "or not finite")
+    return read_tensor(stored, name), scale
 
 
 def released_tensors(model):
@@ -497,11 +456,10 @@ def released_tensors(model):
     copies: embedding and head of the MTP modules, and a tied head."""
     tensors = {}
     for name, tensor in model.state_dict().items():
-        stem, _, kind = name.rpartition(".")
-        if stem.endswith(".mlp.experts"):
-            proj, scale = kind.removesuffix("_scale_inv"), kind.endswith("_scale_inv")
-            kind = f"{proj}.weight_scale_inv" if scale else f"{proj}.weight"
-            tensors |= {f"{stem}.{e}.{kind}": tensor[e] for e in range(len(tensor))}
+        stem, _, last = name.rpartition(".")
+        if stem.endswith(".mlp.experts"):       # stacked in up_proj and, if held in FP8, up_proj_scale_inv
+            proj, scale, _ = last.partition("_scale_inv")
+            tensors |= {f"{stem}.{e}.{proj}.weight{scale}": tensor[e] for e in range(len(tensor))}
         else:
             tensors[name] = tensor
     copies = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
@@ -511,55 +469,43 @@ def released_tensors(model):
     return tensors | {name: tensors[original] for name, original in copies.items()}, copies
 
 
-def on_meta(cls, config, origin):
-    """The model without memory for its weights. ValueError if they are more than numbers can count."""
-    try:
-        with torch.device("meta"):
-            return cls(config)
-    except (RuntimeError, TypeError) as e:
-        raise ValueError(f"{origin} has a config of an impossible size ({one_line(e)})") from None
-
-
 @torch.no_grad()
 def load(cls, dir, dtype=None, device=None, **changes):
     """DeepSeekV3.from_pretrained; cls: DeepSeekV3."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
+
+    # The folder's model and its tensors, all accounted for before any memory is spent
     dir = released_folder(dir)
     config = dataclasses.replace(read_config(dir), **changes)
-    stored, lost = find_tensors(dir)
-    config, stored = match_mtp(dir, config, stored, lost, quiet="num_nextn_predict_layers" in changes)
-    layers, depth = config.num_hidden_layers, config.num_nextn_predict_layers
-    experts, count = config.n_routed_experts, len(stored) + len(lost)
-    moe_layers = max(layers - config.first_k_dense_replace, 0) + depth
-    if max(layers + depth, 3 * experts * moe_layers) > count:       # too much to build, even on meta
-        raise ValueError(f"{dir} holds {count} tensors, too few for the {layers} layers, {depth} MTP modules "
-                         f"and {experts} experts of its config.json")
-    model = on_meta(cls, config, dir)
+    stored = find_tensors(dir)
+    config, stored = match_mtp(dir, config, stored, quiet="num_nextn_predict_layers" in changes)
+    model = build_on_meta(cls, dir, config, len(stored))
     expected, copies = released_tensors(model)
-    check_tensors(dir, expected, copies, stored, lost)
+    check_tensors(dir, expected, copies, stored)
 
-    dtype = dtype or STORED_DTYPES.get(stored["model.embed_tokens.weight"].dtype, torch.bfloat16)
+    # Its memory
+    dtype = dtype or FLOATS.get(stored["model.embed_tokens.weight"].dtype, torch.bfloat16)
     if dtype == torch.float8_e4m3fn:
-        from fp8 import hold_in_fp8, quantize_reference
+        from fp8 import hold_in_fp8
         model = hold_in_fp8(model.to(torch.bfloat16))
     else:
         model = model.to(dtype)
     model = model.to_empty(device=device or "cpu")
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight      # to_empty parts them
+
+    # One pass over the files, then the copies
     targets, _ = released_tensors(model)
-    from data.prepare import progress
     for name in progress([n for n in stored if n in expected and n not in copies], f"reading {dir}"):
-        tensor, scale = read_weight(stored, name)
-        if name + "_scale_inv" in targets:      # stays in FP8
-            tensor, scale = quantize_reference(tensor, 128) if scale is None else (tensor, scale)
+        if name + "_scale_inv" in targets:
+            tensor, scale = read_in_fp8(stored, name)
             targets[name + "_scale_inv"].copy_(scale)
         else:
-            tensor = dequantize(tensor, scale)
+            tensor = read_weight(stored, name)
         targets[name].copy_(tensor)
     for name in [n for n in copies if n in stored]:
-        copy, original = dequantize(*read_weight(stored, name)), targets[copies[name]]
+        copy, original = read_weight(stored, name), targets[copies[name]]
         # a copy may be stored in another dtype
         if not torch.equal(copy.to(original), original) and not torch.equal(copy, original.to(copy)):
             cure = ("tie_word_embeddings to false" if name == "lm_head.weight" else
@@ -570,11 +516,11 @@ def load(cls, dir, dtype=None, device=None, **changes):
     return model.eval()
 
 
-def match_mtp(dir, config, stored, lost, quiet):
+def match_mtp(dir, config, stored, quiet):
     """config and stored, reduced to the MTP modules that both have: Hugging Face drops them from files, and a
     config may count fewer than there are."""
     first, end = config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers
-    layer = {name: int(match[1]) for name in stored.keys() | lost.keys()
+    layer = {name: int(match[1]) for name in stored
              if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
     if not any(first <= i < end for i in layer.values()):
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
@@ -585,33 +531,42 @@ def match_mtp(dir, config, stored, lost, quiet):
     return config, {name: at for name, at in stored.items() if layer.get(name) not in extra}
 
 
-def check_tensors(dir, expected, copies, stored, lost):
-    """Account for every tensor before any memory is spent."""
-    missing, wrong = [name for name in expected if name not in stored and name not in copies], []
-    # an empty tensor can be ignored: transformers writes them for n_shared_experts 0
-    unexpected = {name for name, at in stored.items()
-                  if name not in expected and not name.endswith(".rotary_emb.inv_freq") and 0 not in at.shape}
-    for name in expected.keys() & stored.keys():
-        _, dtype, shape = stored[name]
-        scale, blocks = name + "_scale_inv", tuple(-(-n // 128) for n in shape)
-        if shape != tuple(expected[name].shape):
-            wrong.append(f"{name} has the shape {shape} instead of {tuple(expected[name].shape)}")
-        elif dtype == "F8_E4M3" and len(shape) == 2:
-            unexpected.discard(scale)
-            if scale not in stored:
-                missing.append(scale)
-            elif stored[scale].shape != blocks or stored[scale].dtype not in SCALE_DTYPES:
-                _, dtype, shape = stored[scale]
-                wrong.append(f"{scale} is {dtype} {shape} instead of F32 {blocks}")
-        elif dtype not in STORED_DTYPES:
-            known = ", ".join(STORED_DTYPES)
-            wrong.append(f"{name} has the dtype {dtype}, which is none of {known} or F8_E4M3")
-    for name in missing:
-        if name in lost:
-            raise ValueError(f"{dir} has no {lost[name]}, which holds {name}; complete the download")
+def build_on_meta(cls, dir, config, count):
+    """The model without memory for its weights. ValueError if a config of absurd sizes asks for more tensors
+    than there are, or for larger ones than torch can count."""
+    main, depth, experts = config.num_hidden_layers, config.num_nextn_predict_layers, config.n_routed_experts
+    moe_layers = max(main - config.first_k_dense_replace, 0) + depth
+    if max(main + depth, 3 * experts * moe_layers) > count:
+        raise ValueError(f"{dir} holds {count} tensors, too few for the {main} layers, {depth} MTP modules "
+                         f"and {experts} experts of its config.json")
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"{dir} has a config of an impossible size ({one_line(e)})") from None
+
+
+def check_tensors(dir, expected, copies, stored):
+    """ValueError that names the missing, unexpected and wrong tensors."""
+    wanted = {}     # name -> the shape and the dtypes it may have
+    for name, tensor in expected.items():
+        if name in stored or name not in copies:
+            wanted[name] = tuple(tensor.shape), [*FLOATS, "F8_E4M3"] if tensor.dim() == 2 else [*FLOATS]
+        if name in stored and stored[name].dtype == "F8_E4M3":
+            blocks = tuple(-(-n // 128) for n in tensor.shape)
+            wanted[name + "_scale_inv"] = blocks, [*FLOATS, "F8_E8M0"]
+    missing = wanted.keys() - stored.keys()
+    # transformers writes empty tensors for n_shared_experts 0
+    unexpected = [name for name in stored.keys() - wanted.keys()
+                  if not name.endswith(".rotary_emb.inv_freq") and 0 not in stored[name].shape]
+    wrong = []
+    for name in wanted.keys() & stored.keys():
+        (_, dtype, shape), (want, dtypes) = stored[name], wanted[name]
+        if shape != want or dtype not in dtypes:
+            wrong.append(f"{name} is {dtype} {shape} instead of {'/'.join(dtypes)} {want}")
     parts = []
     for what, names in ("missing", missing), ("unexpected", unexpected), ("wrong:", wrong):
-        shown = [n if n.isprintable() and len(n) < 250 else ascii(n)[:250] for n in sorted(names)[:10]]
+        shown = [ascii(name)[1:-1][:250] for name in sorted(names)[:10]]
         if names:
             more = f" and {len(names) - 10} more" if len(names) > 10 else ""
             parts.append(f"{what} {', '.join(shown)}{more}")
@@ -620,16 +575,14 @@ def check_tensors(dir, expected, copies, stored, lost):
 
 
 def read_side_files(dir):
-    """model.source_files: {name: text} of a folder's SIDE_FILES, and of the token ids in its config.json."""
+    """model.source_files: {name: text} of a folder's SIDE_FILES, of config.json its token ids only."""
     texts = {}
-    for path in [*dir.iterdir(), *dir.glob("additional_chat_templates/*")]:
-        name = path.relative_to(dir).as_posix()
-        with contextlib.suppress(OSError, UnicodeDecodeError):      # the weights are as good without it
-            if SIDE_FILES.fullmatch(name) and path.is_file() and path.stat().st_size <= SIDE_BYTES:
-                texts[name] = path.read_bytes().decode("utf-8")
+    for path in dir.iterdir():
+        if SIDE_FILES.fullmatch(path.name) and path.is_file():
+            with contextlib.suppress(OSError, UnicodeDecodeError):      # the weights are as good without it
+                texts[path.name] = path.read_bytes().decode()
     raw = read_json(dir / "config.json")
-    keys = [key for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None]
-    ids = {key: raw[key] for key in keys}
+    ids = {key: raw[key] for key in TOKEN_IDS if key in raw}
     return texts | {"config.json": json.dumps(ids)}
 
 
@@ -664,114 +617,98 @@ def split(tensors, copies, fp8, shard_bytes):
 
 @torch.no_grad()
 def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None):
-    """DeepSeekV3.save_pretrained. An earlier checkpoint goes when all of the new one is on the disk."""
+    """DeepSeekV3.save_pretrained. All is written in a folder inside dir, and then takes the place of an
+    earlier checkpoint."""
     check_plain(model)
-    from data.prepare import progress
-    dir, lib, (tensors, copies) = Path(dir), safetensors(), released_tensors(model)
+    dir, (tensors, copies) = Path(dir), released_tensors(model)
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     texts = config_and_side_files(model, encoding, fp8, ends)
-    dir.mkdir(parents=True, exist_ok=True)
-    old, shards = old_files(dir), []
-    if "tokenizer.json" in texts:
-        old.add("generation_config.json")       # its ids would override those of config.json
+    new, shards = dir / "saving.tmp", []
     try:
-        for file, content in texts.items():
-            write_text(dir / f"{file}.tmp", content)
+        shutil.rmtree(new, ignore_errors=True)      # of a killed save
+        new.mkdir(parents=True)
         for shard in split(progress(tensors.items(), f"writing {dir}"), copies, fp8, shard_bytes):
+            safetensors.torch.save_file(shard, new / f"{len(shards)}.safetensors", metadata={"format": "pt"})
             shards.append({name: t.nbytes for name, t in shard.items()})
-            path = dir / f"model-{len(shards)}.safetensors.tmp"
-            lib.torch.save_file(shard, path, metadata={"format": "pt"})
-            shutil.copymode(dir / "config.json.tmp", path)      # else only the owner may read it
-            with open(path, "rb+") as f:
-                os.fsync(f.fileno())
-        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        if len(shards) == 1:
-            names = ["model.safetensors"]
-        else:
+        files = ["model.safetensors"]
+        if len(shards) > 1:
+            files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
             index = {"metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
-                     "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
-            texts["model.safetensors.index.json"] = index
-            write_text(dir / "model.safetensors.index.json.tmp", index)
-    except (lib.SafetensorError, OSError) as e:     # a full disk, a folder that can't be written
+                     "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
+            texts[INDEX] = json.dumps(index, indent=2)
+        for file, text in texts.items():
+            (new / file).write_bytes(text.encode())
+        for i, file in enumerate(files):
+            os.rename(new / f"{i}.safetensors", new / file)
+            shutil.copymode(new / "config.json", new / file)        # else only the owner may read it
+    except (safetensors.SafetensorError, OSError) as e:     # a full disk, a folder that can't be written
         raise OSError(f"{dir} can't be written ({one_line(e)}); an earlier checkpoint in it is intact: make "
                       "room, or save to another folder") from None
     else:
-        for file in ["config.json", *old]:      # without config.json, old and new files are no checkpoint
-            (dir / file).unlink(missing_ok=True)
-        for i, file in enumerate(names, 1):
-            os.replace(dir / f"model-{i}.safetensors.tmp", dir / file)
-        for file in reversed(texts):            # config.json comes last
-            os.replace(dir / f"{file}.tmp", dir / file)
+        (dir / "config.json").unlink(missing_ok=True)       # without it, old and new files are no checkpoint
+        for path in old_files(dir, texts):
+            path.unlink()
+        for file in [*files, *reversed(texts)]:             # config.json comes last
+            os.replace(new / file, dir / file)
     finally:
-        for path in [*dir.glob("model-[0-9]*.safetensors.tmp"), *(dir / f"{file}.tmp" for file in texts)]:
-            path.unlink(missing_ok=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
-def write_text(path, content):
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "wb") as f:
-        f.write((content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode())
-        f.flush()
-        os.fsync(f.fileno())
+def old_files(dir, texts):
+    """What the new checkpoint would contradict: the old index, the shards it lists and whatever is named like
+    one, as some readers take all of a folder; and, with another tokenizer, the token ids that override those
+    of config.json."""
+    index = dir / INDEX
+    listed = index.read_text(errors="replace") if index.is_file() else ""
+    return [path for path in dir.iterdir() if path.is_file() and (
+        WEIGHT_FILES.fullmatch(path.name) or path.suffix == ".safetensors" and f'"{path.name}"' in listed
+        or path.name == "generation_config.json" and "tokenizer.json" in texts)]
 
 
 def check_plain(model):
     """ValueError for a model that the released format can't describe."""
-    shapes = {(name, t.shape) for name, t in model.state_dict().items()}
-    if any(name.endswith("_scale_inv") for name, _ in shapes):
+    with torch.device("meta"):
+        plain = DeepSeekV3(model.config).state_dict()
+    names = model.state_dict().keys()
+    if any(name.endswith("_scale_inv") for name in names):
         raise ValueError("this model holds its weights in FP8, for inference only; load it with "
                          "dtype=torch.bfloat16 and save it with fp8=True")
-    plain = on_meta(DeepSeekV3, model.config, "the model").state_dict()
-    odd = replaced_classes(model) or sorted({n for n, _ in shapes ^ {(n, t.shape) for n, t in plain.items()}})
-    if odd:
+    if odd := replaced_classes(model) or sorted(names ^ plain.keys()):
         raise ValueError(f"{', '.join(odd[:5])}: not as in model.py, which readers of a released checkpoint "
                          "expect; put the original classes back, and merge adapters into the weights")
 
 
 def config_and_side_files(model, encoding, fp8, ends):
-    """{file name: content} of config.json, which comes first, and of the tokenizer's files."""
-    source, ids = getattr(model, "source_files", {}), {}
-    if encoding is None or is_tokenizer_of(source, encoding):
-        texts = {name: text for name, text in source.items() if SIDE_FILES.fullmatch(name)}     # never ../x
-        ids = json.loads(source.get("config.json", "{}"))
+    """{file name: text} of config.json, which comes first, and of the tokenizer's files: those that the model
+    was loaded with, unless encoding is another tokenizer."""
+    texts = {name: text for name, text in model.source_files.items()        # anything, from a hostile ckpt.pt
+             if SIDE_FILES.fullmatch(str(name)) and isinstance(text, str)}
+    if encoding is None or is_tokenizer_of(texts, encoding):
+        source = json.loads(texts.pop("config.json", "{}"))
+        ids = {key: source[key] for key in TOKEN_IDS if key in source}
     else:
-        from data.tokenizer import tokenizer_files
-        texts = tokenizer_files(encoding, ends)
-        ids = {key: texts["tokenizer_config.json"].pop(key) for key in ("bos_token_id", "eos_token_id")}
-    config = {**dataclasses.asdict(model.config), "architectures": ["DeepseekV3ForCausalLM"],
-              "model_type": "deepseek_v3", "num_key_value_heads": model.config.num_attention_heads,
-              "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "moe_layer_freq": 1,
-              "scoring_func": "sigmoid", "topk_method": "noaux_tc",
-              "bos_token_id": None, "eos_token_id": None, **ids,
+        files = tokenizer_files(encoding, ends)
+        ids = {key: files["tokenizer_config.json"].pop(key) for key in ("bos_token_id", "eos_token_id")}
+        texts = {name: json.dumps(content, indent=2) for name, content in files.items()}
+    config = {**dataclasses.asdict(model.config), **ALSO, **dict.fromkeys(TOKEN_IDS), **ids,
+              "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
+              "num_key_value_heads": model.config.num_attention_heads,
               "torch_dtype": "bfloat16" if fp8 else str(model.lm_head.weight.dtype).removeprefix("torch.")}
     if fp8:
         config["quantization_config"] = FP8_FORMAT
-    return {"config.json": config, **texts}
+    return {"config.json": json.dumps(config, indent=2), **texts}
 
 
-def is_tokenizer_of(source, encoding):
-    """Whether the tokenizer among model.source_files gives the ids of a tiktoken.Encoding."""
-    from data.tokenizer import get_tokenizer, same_ids
+def is_tokenizer_of(texts, encoding):
+    """Whether tokenizer files give the ids of a tiktoken.Encoding."""
     with tempfile.TemporaryDirectory() as dir:
-        for name, text in source.items():
-            if name == "config.json" or SIDE_FILES.fullmatch(name) and "/" not in name:
-                Path(dir, name).write_bytes(text.encode())
+        for name, text in texts.items():
+            Path(dir, name).write_bytes(text.encode())
         try:
             return same_ids(get_tokenizer(dir), encoding)
         except (ValueError, OSError):
             return False
-
-
-def old_files(dir):
-    """The files of an earlier checkpoint's weights: what its index lists, and whatever is named like a shard.
-    Readers that take all safetensors files of a folder would mix them with the new ones."""
-    weight_map = {}
-    with contextlib.suppress(ValueError, OSError):
-        weight_map = read_json(dir / "model.safetensors.index.json").get("weight_map")
-    listed = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else set()
-    return {path.name for path in dir.iterdir() if not path.is_dir() and (
-        WEIGHT_FILES.fullmatch(path.name) or path.suffix == ".safetensors" and path.name in listed)}
 
 
 def replaced_classes(model):
