@@ -155,15 +155,12 @@ def read_json(path: Path) -> dict:
 
 
 def ends_of_data(meta: dict) -> Ends:
-    """The ends that a data folder's meta.json records, which may have the separator alone if not ours."""
-    with blame("meta.json"):
-        ends = Ends(meta.get("bos"), tuple(meta.get("eos", [meta["separator"]])), meta.get("add_bos", False))
-        need(all(type(i) is int for i in [ends.begin, *ends.eos]), f"bos {ends.bos!r} or eos {ends.eos!r}")
-        return ends
+    """The ends that a data folder's meta.json records; data of other making may have the separator alone."""
+    return Ends(meta.get("bos"), tuple(meta.get("eos", [meta["separator"]])), meta.get("add_bos", False))
 
 
 def fim_ids(enc: tiktoken.Encoding) -> list:
-    """Ids of the three tokens FIM. Raises ValueError if the tokenizer lacks one."""
+    """The ids of the three tokens FIM. ValueError if the tokenizer lacks one."""
     if missing := [token for token in FIM if token not in enc._special_tokens]:
         raise ValueError(f"tokenizer {enc.name} has no {missing[0]}, so nothing was trained to fill in a "
                          "middle; prepare the data with --fim_rate 0.1, and train on them")
@@ -194,27 +191,27 @@ def token_bytes(enc: tiktoken.Encoding, token: int) -> bytes:
 
 
 def same_ids(a: tiktoken.Encoding, b: tiktoken.Encoding) -> bool:
-    """Whether each id stands for the same token in both, whatever their files and their patterns."""
+    """Whether each id means the same token in both, whatever their files and patterns."""
     return a._mergeable_ranks == b._mergeable_ranks and a._special_tokens == b._special_tokens
 
 
 def encoding_to_json(enc: tiktoken.Encoding) -> str:
     """All of a tokenizer in an ASCII string, which travels inside checkpoints."""
-    ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
+    ranks = {base64.b64encode(token).decode(): rank for token, rank in enc._mergeable_ranks.items()}
     return json.dumps({"name": enc.name, "pat_str": enc._pat_str, "special_tokens": enc._special_tokens,
-                       "ranks": {base64.b64encode(t).decode(): r for t, r in ranks}})
+                       "ranks": ranks})
 
 
 def encoding_from_json(text: str) -> tiktoken.Encoding:
-    """The inverse of encoding_to_json. Raises ValueError, one sentence, whatever else the string holds."""
+    """The inverse of encoding_to_json. ValueError, one sentence, if the string holds anything else."""
     with blame("encoding json"):
         spec = json.loads(text)
-        ranks = {base64.b64decode(t, validate=True): r for t, r in spec["ranks"].items()}
+        ranks = {base64.b64decode(token, validate=True): rank for token, rank in spec["ranks"].items()}
         return build(spec["name"], spec["pat_str"], ranks, spec["special_tokens"])
 
 
 def build(name: str, pat_str: str, ranks: dict, special_tokens: dict) -> tiktoken.Encoding:
-    """A checked tiktoken.Encoding: on what is a ValueError here, tiktoken panics or loses text."""
+    """A checked tiktoken.Encoding. Where this raises ValueError, tiktoken panics or loses text."""
     ids = [*ranks.values(), *special_tokens.values()]
     need(all(type(i) is int and 0 <= i < 1 << 24 for i in ids), "a token id that is no integer below 2**24")
     need(len(set(ids)) == len(ids), "an id that two tokens share")
