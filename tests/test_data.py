@@ -1,5 +1,6 @@
-"""data/prepare.py: what lies in the .bin files to the last token, and that bad input leaves a sentence, not a
-mess."""
+"""What data/prepare.py writes, token for token, that bad input leaves a sentence and no files, and that our
+tokenizers give the ids of Hugging Face's."""
+
 import base64
 import json
 import os
@@ -19,14 +20,16 @@ import torch
 import data.prepare as prep
 from data.loader import Tokens, Validation, open_data
 from data.prepare import prepare
-from data.tokenizer import (BYTES, DEEPSEEK_EOS, DEEPSEEK_PATTERN, DEEPSEEK_SPLITS, FIM, Ends, encoding_from_json,
-                            encoding_to_json, encoding_to_tokenizer_json, ends_of_data, fim_ids, get_tokenizer,
-                            read_ends, same_ids, token_lengths, tokenizer_files, with_special_tokens)
+from data.tokenizer import (BYTE_LEVEL, BYTES, DEEPSEEK_EOS, DEEPSEEK_PATTERN, DEEPSEEK_SPLITS, FIM, Ends,
+                            encoding_from_json, encoding_to_json, encoding_to_tokenizer_json, ends_of_data,
+                            fim_ids, get_tokenizer, read_ends, same_ids, token_lengths, tokenizer_files,
+                            with_special_tokens)
 
 SEP = 256  # <|endoftext|> of the bytes tokenizer
 SCRIPT = Path(prep.__file__)
 LLAMA_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
                r"\s*[\r\n]+|\s+(?!\S)|\s+")
+LINES = [base64.b64encode(t) + b" %d" % r for t, r in BYTES.items()]     # of a .tiktoken file
 
 
 def separator(enc) -> int:
@@ -70,8 +73,7 @@ def split_json(pattern, behavior="Isolated", invert=False):
 
 
 def sequence(*steps, use_regex=False):
-    return {"type": "Sequence", "pretokenizers": [
-        *steps, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}]}
+    return {"type": "Sequence", "pretokenizers": [*steps, BYTE_LEVEL | {"use_regex": use_regex}]}
 
 
 def save(path: Path, spec) -> Path:
@@ -79,29 +81,34 @@ def save(path: Path, spec) -> Path:
     return path
 
 
-# ---- layout ----------------------------------------------------------------------------------------------------------
+# ---- layout ------------------------------------------------------------------------------------------------
 
 
 def test_folder_layout_token_for_token(tmp_path):
-    text = write(tmp_path / "in", {"b/x.txt": b"efghij", "a.txt": b"abcd", "b.txt": b"0123456789", ".hidden/y": b"no",
-                                   ".z": b"no", "empty.txt": b""})
-    meta = prepare(tmp_path / "out", input=text)  # order a.txt, b.txt, b/x.txt; 20 bytes, cut at 18, in "ef|ghij"
+    text = write(tmp_path / "in", {"b/x.txt": b"efghij", "a.txt": b"abcd", "b.txt": b"0123456789",
+                                   ".hidden/y": b"no", ".z": b"no", "empty.txt": b""})
+    # order a.txt, b.txt, b/x.txt; 20 bytes, cut at 18, in "ef|ghij"
+    meta = prepare(tmp_path / "out", input=text)
     assert read(tmp_path / "out", "train") == [SEP, *b"abcd", SEP, *b"0123456789", SEP, *b"efgh"]
-    assert read(tmp_path / "out", "val") == [*b"ij"]  # goes on: no separator
+    assert read(tmp_path / "out", "val") == [*b"ij"]  # a document continues: no separator
     assert meta == json.loads((tmp_path / "out/meta.json").read_text()) == {
-        "dtype": "uint16", "vocab_size": 257, "tokenizer": "bytes", "separator": SEP, "source": "in", "documents": 3,
-        "bytes_per_token": 1.0, "train_bytes": 18, "val_bytes": 2, "train_tokens": 21, "val_tokens": 2,
+        "dtype": "uint16", "vocab_size": 257, "tokenizer": "bytes", "separator": SEP, "source": "in",
+        "documents": 3, "bytes_per_token": 1.0, "train_bytes": 18, "val_bytes": 2, "train_tokens": 21,
+        "val_tokens": 2,
         "bos": SEP, "eos": [SEP], "add_bos": False, "max_token": SEP,
-        **{f"{name}_crc32": zlib.crc32((tmp_path / "out" / name).read_bytes()) for name in ("train.bin", "val.bin")}}
+        **{f"{name}_crc32": zlib.crc32((tmp_path / "out" / name).read_bytes())
+           for name in ("train.bin", "val.bin")}}
     assert sorted(os.listdir(tmp_path / "out")) == ["encoding.json", "meta.json", "train.bin", "val.bin"]
 
 
 def test_document_that_starts_on_the_cut_has_a_separator(tmp_path):
     prepare(tmp_path / "out", input=write(tmp_path / "in", {"1": b"123456789", "2": b"x"}))
-    assert read(tmp_path / "out", "train") == [SEP, *b"123456789"] and read(tmp_path / "out", "val") == [SEP, *b"x"]
+    assert read(tmp_path / "out", "train") == [SEP, *b"123456789"]
+    assert read(tmp_path / "out", "val") == [SEP, *b"x"]
 
 
-@pytest.mark.parametrize("text, train", [("aaaaaaa中", 7), ("aaaaaa👩", 6), ("aaaaaaaaé", 8), ("aaaaaaa中aa", 10)])
+@pytest.mark.parametrize("text, train",
+                         [("aaaaaaa中", 7), ("aaaaaa👩", 6), ("aaaaaaaaé", 8), ("aaaaaaa中aa", 10)])
 def test_cut_moves_back_to_a_character_boundary(tmp_path, text, train):
     meta = prepare(tmp_path / "out", input=write(tmp_path, {"t": text.encode()}) / "t")
     assert meta["train_bytes"] == train
@@ -122,12 +129,14 @@ def test_text_is_kept_to_the_byte(tmp_path):
 
 @pytest.mark.parametrize("tokenizer", ["file.tiktoken", "tokenizer.json"])
 def test_literal_separator_stays_text_with_merges(tmp_path, tokenizer):
-    lines = b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in [*BYTES.items(), (b"ab", 256), (b"abc", 257)])
+    lines = b"\n".join([*LINES, b"YWI= 256", b"YWJj 257"])      # ab, abc
     save(tmp_path / "tokenizer.json", bpe_json())
     (tmp_path / "file.tiktoken").write_bytes(lines)
     raw = b"<|endoftext|>abc ab" * 10
-    meta = prepare(tmp_path / "out", input=write(tmp_path, {"t": raw}) / "t", tokenizer=str(tmp_path / tokenizer))
-    enc, tokens = get_tokenizer(tmp_path / tokenizer), read(tmp_path / "out", "train") + read(tmp_path / "out", "val")
+    meta = prepare(tmp_path / "out", input=write(tmp_path, {"t": raw}) / "t",
+                   tokenizer=str(tmp_path / tokenizer))
+    enc = get_tokenizer(tmp_path / tokenizer)
+    tokens = read(tmp_path / "out", "train") + read(tmp_path / "out", "val")
     assert tokens.count(258) == 1 and tokens[0] == 258 == meta["separator"] and 257 in tokens
     assert enc.decode_bytes(tokens[1:]) == raw
     assert token_lengths(enc)[tokens].sum() == len(raw) == meta["train_bytes"] + meta["val_bytes"]
@@ -151,16 +160,17 @@ def test_uint32_where_the_vocabulary_needs_it(tmp_path):
         (tmp_path / "big.tiktoken").write_bytes(b"".join(lines))
         meta = prepare(tmp_path / "out", input=text, tokenizer=tmp_path / "big.tiktoken")
         tokens = read(tmp_path / "out", "train")
-        assert meta["dtype"] == dtype and meta["separator"] == tokens[0] == count + 256 == meta["vocab_size"] - 1
+        assert meta["dtype"] == dtype
+        assert meta["separator"] == tokens[0] == count + 256 == meta["vocab_size"] - 1
         assert get_tokenizer(tmp_path / "big.tiktoken").decode(tokens[1:]) == "\u07ff" * 45
 
 
-# ---- fill-in-middle --------------------------------------------------------------------------------------------------
+# ---- fill-in-middle ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "file.tiktoken"])
 def test_fim_layout_and_that_no_document_loses_a_byte(tmp_path, tokenizer):
-    lines = b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in [*BYTES.items(), (b"ab", 256), (b"abc", 257)])
+    lines = b"\n".join([*LINES, b"YWI= 256", b"YWJj 257"])      # ab, abc
     (tmp_path / "file.tiktoken").write_bytes(lines)
     texts = {f"{i:02}": f"document {i} abc中{'é' * i}".encode() for i in range(40)}
     meta = prepare(tmp_path / "out", input=write(tmp_path / "in", texts), fim_rate=1.0,
@@ -173,7 +183,8 @@ def test_fim_layout_and_that_no_document_loses_a_byte(tmp_path, tokenizer):
     *whole, cut = [list(map(ord, document)) for document in documents]     # the last one goes on in val
     middles = 0
     for tokens, text in zip(whole, texts.values()):
-        assert tokens[0] == begin and tokens.count(hole) == tokens.count(end) == 1 and tokens.count(begin) == 1
+        assert tokens[0] == begin and tokens.count(hole) == tokens.count(end) == 1
+        assert tokens.count(begin) == 1
         prefix, suffix = tokens[1:tokens.index(hole)], tokens[tokens.index(hole) + 1:tokens.index(end)]
         middle = tokens[tokens.index(end) + 1:]
         for part in prefix, suffix, middle:
@@ -182,20 +193,24 @@ def test_fim_layout_and_that_no_document_loses_a_byte(tmp_path, tokenizer):
         middles += len(middle)
     assert 3 < middles / len(whole) < 30 and meta["fim_documents"] == len(whole) > 30 and begin not in cut
     val = read(tmp_path / "out", "val")
-    assert not {begin, hole, end} & set(val) and enc.decode_bytes([t for t in cut + val if t != sep]) == b"".join(
-        list(texts.values())[len(whole):])
+    assert not {begin, hole, end} & set(val)
+    rest = list(texts.values())[len(whole):]
+    assert enc.decode_bytes([t for t in cut + val if t != sep]) == b"".join(rest)
     assert meta["bytes_per_token"] == sum(map(len, texts.values())) / (
         sum(t < sep for t in read(tmp_path / "out", "train") + val))
 
 
 def test_fim_rate_is_respected_and_deterministic(tmp_path, capsys):
     text = write(tmp_path / "in", {f"{i:04}": b"%04d some text" % i for i in range(2000)})
-    plain, fim = prepare(tmp_path / "0", input=text, fim_rate=0.0), prepare(tmp_path / "a", input=text, fim_rate=0.1)
-    assert 140 < fim["fim_documents"] < 220 and fim["train_tokens"] == plain["train_tokens"] + 3 * fim["fim_documents"]
+    plain = prepare(tmp_path / "0", input=text, fim_rate=0.0)
+    fim = prepare(tmp_path / "a", input=text, fim_rate=0.1)
+    assert 140 < fim["fim_documents"] < 220
+    assert fim["train_tokens"] == plain["train_tokens"] + 3 * fim["fim_documents"]
     assert f"fill-in-middle: {fim['fim_documents']} documents" in capsys.readouterr().out
     prepare(tmp_path / "b", input=text, fim_rate=0.1)
     prepare(tmp_path / "unasked", input=text)
-    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b") and snapshot(tmp_path / "0") == snapshot(tmp_path / "unasked")
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+    assert snapshot(tmp_path / "0") == snapshot(tmp_path / "unasked")
     assert (tmp_path / "a/val.bin").read_bytes() == (tmp_path / "0/val.bin").read_bytes()
     for rate in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="--fim_rate must be from 0 to 1"):
@@ -214,7 +229,7 @@ def test_fim_tokens_of_the_tokenizer_are_kept(tmp_path):
     assert again.encode_ordinary(FIM[0]) == [*FIM[0].encode()]      # in a text they are text
 
 
-# ---- pairs -----------------------------------------------------------------------------------------------------------
+# ---- pairs -------------------------------------------------------------------------------------------------
 
 
 def lines(*entries) -> bytes:
@@ -226,8 +241,8 @@ def pair(prompt, completion) -> dict:
 
 
 def test_pairs_token_for_token_and_target_for_target(tmp_path):
-    chats = lines(pair("ab", "cd"), {"text": "efg"}, pair("é", "<|endoftext|>!"), pair("", "x")) + b"\n" + lines(
-        pair("long prompt", "yes"))
+    chats = lines(pair("ab", "cd"), {"text": "efg"}, pair("é", "<|endoftext|>!"), pair("", "x"))
+    chats += b"\n" + lines(pair("long prompt", "yes"))
     out = tmp_path / "out"
     meta = prepare(out, input=write(tmp_path, {"chats.jsonl": chats}) / "chats.jsonl")
     train = [SEP, *b"abcd", SEP, *b"efg", SEP, *"é".encode(), SEP, *b"!", SEP, *b"x", SEP]
@@ -249,14 +264,17 @@ def test_pairs_token_for_token_and_target_for_target(tmp_path):
 def test_pairs_with_the_token_that_begins_texts(tmp_path):
     write(tmp_path, {"chats.jsonl": lines(pair("a", "b"), {"text": "text"}, pair("c", "<|im_start|>d"))})
     tokens = ["[BOS]", "<|im_end|>", "<|im_start|>"]
-    save(tmp_path / "tokenizer.json", bpe_json(added_tokens=[{"id": 258 + i, "content": t} for i, t in enumerate(tokens)]))
-    save(tmp_path / "tokenizer_config.json", {"bos_token": "[BOS]", "eos_token": "<|im_end|>", "add_bos_token": True})
+    save(tmp_path / "tokenizer.json",
+         bpe_json(added_tokens=[{"id": 258 + i, "content": t} for i, t in enumerate(tokens)]))
+    save(tmp_path / "tokenizer_config.json",
+         {"bos_token": "[BOS]", "eos_token": "<|im_end|>", "add_bos_token": True})
     meta = prepare(tmp_path / "out", input=tmp_path / "chats.jsonl", tokenizer=tmp_path)
     letter = get_tokenizer(tmp_path).encode_ordinary
     train = [259, 258, *letter("a"), *letter("b"), 259, 258, *letter("text"), 259]
     assert read(tmp_path / "out", "train") == train and read(tmp_path / "out", "val") == [
         259, 258, *letter("c"), 260, *letter("d"), 259]
-    assert np.fromfile(tmp_path / "out/train.mask", bool).tolist() == [True, False, False, *[True] * (len(train) - 3)]
+    mask = np.fromfile(tmp_path / "out/train.mask", bool).tolist()
+    assert mask == [True, False, False, *[True] * (len(train) - 3)]
     assert (meta["separator"], meta["bos"], meta["eos"], meta["add_bos"]) == (259, 258, [259], True)
 
 
@@ -264,25 +282,29 @@ def test_a_mask_never_outlives_its_pairs(tmp_path):
     out = tmp_path / "out"
     prepare(out, input=write(tmp_path, {"c.jsonl": lines(pair("a", "b"), pair("c", "d"))}) / "c.jsonl")
     assert {"train.mask", "val.mask"} < set(os.listdir(out))
-    meta = prepare(out, input=write(tmp_path, {"c.jsonl": lines({"text": "abc" * 9}, {"text": "d"})}) / "c.jsonl")
-    assert len(os.listdir(out)) == 4 and "pairs" not in meta and "".join(map(chr, read(out, "train")[1:])) == "abc" * 8 + "a"
-    (tmp_path / "in").mkdir()
-    prepare(out, input=write(tmp_path / "in", {"a.jsonl": lines(pair("a", "b")), "b.txt": b"text"}).parent / "in")
-    assert (read(out, "train"), read(out, "val")) == ([SEP, *b"ab", SEP], [SEP, *b"text", SEP])     # beside a text file
+    write(tmp_path, {"c.jsonl": lines({"text": "abc" * 9}, {"text": "d"})})
+    meta = prepare(out, input=tmp_path / "c.jsonl")
+    assert len(os.listdir(out)) == 4 and "pairs" not in meta
+    assert "".join(map(chr, read(out, "train")[1:])) == "abc" * 8 + "a"
+    prepare(out, input=write(tmp_path / "in", {"a.jsonl": lines(pair("a", "b")), "b.txt": b"text"}))
+    assert (read(out, "train"), read(out, "val")) == ([SEP, *b"ab", SEP], [SEP, *b"text", SEP])
     (out / "val.mask").write_bytes(b"")
     with pytest.raises(ValueError, match="val.mask has 0 bytes in place of 6"):
-        Validation(out / "val.bin", json.loads((out / "meta.json").read_text()), (out / "encoding.json").read_text(), 8)
+        Validation(out / "val.bin", json.loads((out / "meta.json").read_text()),
+                   (out / "encoding.json").read_text(), 8)
 
 
 @pytest.mark.parametrize("line", [
-    b"{", b"[]", b"null", b'"text"', b"plain text", b"{}", b'{"text": 1}', b'{"prompt": "a"}', b'{"completion": "a"}',
-    b'{"prompt": "a", "completion": null}', b'{"prompt": ["a"], "completion": "b"}', b'{"messages": []}', b"[" * 99999,
-    b'{"text": "a", "completion": "b"}', b'{"text": "a\xff"}', b'{"text": "a"} {"text": "b"}',
-    b'{"text": "a", "prompt": "b", "completion": "c"}',
+    b"{", b"[]", b"null", b'"text"', b"plain text", b"{}", b'{"text": 1}', b'{"prompt": "a"}',
+    b'{"completion": "a"}', b'{"prompt": "a", "completion": null}', b'{"prompt": ["a"], "completion": "b"}',
+    b'{"messages": []}', b"[" * 99999, b'{"text": "a", "completion": "b"}', b'{"text": "a\xff"}',
+    b'{"text": "a"} {"text": "b"}', b'{"text": "a", "prompt": "b", "completion": "c"}',
 ])
 def test_a_malformed_line_is_named(tmp_path, line):
-    path = write(tmp_path, {"c.jsonl": lines({"text": "fine", "more": 1}) + b"\n" + line + b"\n" + lines({"text": "fine"})}) / "c.jsonl"
-    with pytest.raises(ValueError, match='c.jsonl, line 3 is neither {"text": ...} nor {"prompt": ..., "completion"'):
+    text = lines({"text": "fine", "more": 1}) + b"\n" + line + b"\n" + lines({"text": "fine"})
+    path = write(tmp_path, {"c.jsonl": text}) / "c.jsonl"
+    words = 'c.jsonl, line 3 is neither {"text": ...} nor {"prompt": ..., "completion"'
+    with pytest.raises(ValueError, match=words):
         prepare(tmp_path / "out", input=path)
     assert not os.listdir(tmp_path / "out")
 
@@ -294,7 +316,7 @@ def test_tables_are_refused_in_a_sentence(tmp_path, name):
         prepare(tmp_path / "out", input=tmp_path / name)
 
 
-# ---- sources ---------------------------------------------------------------------------------------------------------
+# ---- sources -----------------------------------------------------------------------------------------------
 
 
 def test_stdlib_is_megabytes_and_quick(tmp_path):
@@ -302,16 +324,18 @@ def test_stdlib_is_megabytes_and_quick(tmp_path):
     meta = prepare(tmp_path)
     assert time.perf_counter() - start < 10
     assert meta["source"] == "stdlib" and meta["documents"] > 100 and meta["train_bytes"] > 3_000_000
-    assert meta["train_tokens"] + meta["val_tokens"] == meta["train_bytes"] + meta["val_bytes"] + meta["documents"]
+    tokens, size = (meta[f"train_{what}"] + meta[f"val_{what}"] for what in ("tokens", "bytes"))
+    assert tokens == size + meta["documents"]
     assert bytes(t for t in read(tmp_path, "train")[1:50000] if t != SEP).decode().startswith(
         (Path(os.__file__).parent / "__future__.py").read_text("utf-8"))  # the first by path
 
 
 def test_stdlib_leaves_out_what_is_not_library(tmp_path, monkeypatch):
     keep = {"a.py": b"a" * 20, "json/b.py": b"b" * 20}
-    drop = {n: b"no" for n in ("site-packages/x.py", "test/x.py", "json/tests/x.py", "encodings/x.py", "config-3/x.py",
-                               "__pycache__/x.py", "idlelib/idle_test/x.py", "pydoc_data/x.py", "_sysconfigdata_.py",
-                               "dist-packages/x.py", "lib.so", "a.txt")}
+    drop = {name: b"no" for name in (
+        "site-packages/x.py", "dist-packages/x.py", "test/x.py", "json/tests/x.py", "idlelib/idle_test/x.py",
+        "encodings/x.py", "config-3/x.py", "__pycache__/x.py", "pydoc_data/x.py", "_sysconfigdata_.py",
+        "lib.so", "a.txt")}
     monkeypatch.setattr(prep.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
     with pytest.raises(ValueError, match="--input"):
         prepare(tmp_path / "out")
@@ -321,13 +345,16 @@ def test_stdlib_leaves_out_what_is_not_library(tmp_path, monkeypatch):
 
 
 def test_files_that_are_not_text_are_skipped_and_counted(tmp_path, capsys):
-    text = write(tmp_path / "in", {"a": b"good text", "b": b"\xff\xfe", "c": b"nul\0", "d": "é".encode("latin-1")})
+    text = write(tmp_path / "in",
+                 {"a": b"good text", "b": b"\xff\xfe", "c": b"nul\0", "d": "é".encode("latin-1")})
     assert prepare(tmp_path / "out", input=text)["documents"] == 1
-    assert "b is not UTF-8 text (invalid start byte at byte 0); convert it to UTF-8 (and 2 more" in capsys.readouterr().out
+    words = "b is not UTF-8 text (invalid start byte at byte 0); convert it to UTF-8 (and 2 more"
+    assert words in capsys.readouterr().out
 
 
 def test_shakespeare_is_one_document_to_the_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(prep, "SHAKESPEARE", write(tmp_path, {"t": b"First Citizen:\r\n"}).joinpath("t").as_uri())
+    monkeypatch.setattr(prep, "SHAKESPEARE",
+                        write(tmp_path, {"t": b"First Citizen:\r\n"}).joinpath("t").as_uri())
     prepare(tmp_path / "out", "shakespeare")
     assert read(tmp_path / "out", "train") + read(tmp_path / "out", "val") == [SEP, *b"First Citizen:\r\n"]
     monkeypatch.setattr(prep, "SHAKESPEARE", "http://127.0.0.1:9/")  # the discard port: as if offline
@@ -363,7 +390,7 @@ def test_progress_shows_on_a_terminal_only(monkeypatch, capsys, tqdm):
         assert tqdm and number > 1 or capsys.readouterr().err == shown
 
 
-# ---- all or nothing --------------------------------------------------------------------------------------------------
+# ---- all or nothing ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
@@ -376,7 +403,7 @@ def test_failure_midway_leaves_things_as_they_were(tmp_path, monkeypatch, error,
     else:
         out.mkdir()
     before = snapshot(out)
-    lines = b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in [*BYTES.items(), (b"ab", 256)])
+    lines = b"\n".join([*LINES, b"YWI= 256"])
     text = write(tmp_path / "new", {"a": b"ab" * 500, "b": b"ab" * 500, "z.tiktoken": lines})
     calls, (name, nth) = [0], {"source": ("text_fault", 2), "tokens": ("encode", 2), "sync": ("sync", 1),
                                "last sync": ("sync", 2)}[where]
@@ -418,11 +445,12 @@ def test_a_dataset_that_is_half_there_is_none(tmp_path, monkeypatch, nth):
     assert not list((tmp_path / "out").glob(".prepare-*"))
 
 
-# ---- a folder that is not clean ---------------------------------------------------------------------------------------
+# ---- a folder that is not clean ----------------------------------------------------------------------------
 
 
 def config(data_dir, **changes):
-    return types.SimpleNamespace(**{"data_dir": str(data_dir), "block_size": 8, "seed": 0, "vocab_size": 0, **changes})
+    cfg = {"data_dir": str(data_dir), "block_size": 8, "seed": 0, "vocab_size": 0}
+    return types.SimpleNamespace(**cfg | changes)
 
 
 @pytest.fixture
@@ -432,35 +460,49 @@ def small_stdlib(tmp_path, monkeypatch):
 
 
 def test_stray_files_are_no_data(tmp_path, small_stdlib):
-    stray = {".DS_Store": b"x", "lost+found/x": b"", ".prepare-killed/train.bin": b"x", "lock": b"", "log.jsonl": b"{}",
-             "ckpt.pt": b"x", "train.bin": b"of a preparation that was killed"}
+    stray = {".DS_Store": b"x", "lost+found/x": b"", ".prepare-killed/train.bin": b"x", "lock": b"",
+             "log.jsonl": b"{}", "ckpt.pt": b"x", "train.bin": b"of a preparation that was killed"}
     write(tmp_path / "stdlib", stray)
     meta, _, data = open_data(config(tmp_path / "stdlib"), config(""), False)
-    assert meta["source"] == "stdlib" and data.tokens[0] == SEP and not list((tmp_path / "stdlib").glob(".prepare-*"))
-    assert set(os.listdir(tmp_path / "stdlib")) == {name.split("/")[0] for name in stray if "killed" not in name} | {
-        "val.bin", "encoding.json", "meta.json"}
+    assert meta["source"] == "stdlib" and data.tokens[0] == SEP
+    assert not list((tmp_path / "stdlib").glob(".prepare-*"))
+    kept = {name.split("/")[0] for name in stray if "killed" not in name}
+    assert set(os.listdir(tmp_path / "stdlib")) == kept | {"val.bin", "encoding.json", "meta.json"}
 
 
 @pytest.mark.parametrize("name, exists", [("nope", False), ("nope", True), ("stdlib2", False)])
 def test_only_the_sources_are_prepared_unasked(tmp_path, small_stdlib, name, exists):
     if exists:
         write(tmp_path / name, {"lock": b""})
-    with pytest.raises(ValueError, match=rf"{name} (has no meta.json|does not exist); prepare your text with: python "
-                                         rf"data/prepare.py --input FILE_OR_DIR --out_dir .*{name}$"):
+    words = (rf"{name} (has no meta.json|does not exist); prepare your text with: python data/prepare.py "
+             rf"--input FILE_OR_DIR --out_dir .*{name}$")
+    with pytest.raises(ValueError, match=words):
         open_data(config(tmp_path / name), config(""), False)
     assert (tmp_path / name).exists() == exists
 
 
 def test_the_second_of_two_first_starts_finds_the_data_of_the_first(tmp_path):
-    script = ("import sys, time, types, data.prepare as prep\nfrom data.loader import open_data\nreal = prep.write_tokens\n"
-              "def slow(*args):\n    print('wrote')\n    time.sleep(0.3)\n    return real(*args)\n"
-              "prep.write_tokens = slow\nprep.STDLIB_SKIP += ('[b-z]*',)\n"
-              "cfg = types.SimpleNamespace(data_dir=sys.argv[1], block_size=8, seed=0, vocab_size=0)\n"
-              "print(len(open_data(cfg, cfg, False)[2].tokens))")
-    runs = [subprocess.Popen([sys.executable, "-c", script, tmp_path / "stdlib"], cwd=SCRIPT.parent.parent, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    script = """
+import sys, time, types
+import data.prepare as prep
+from data.loader import open_data
+
+def slow(*args):
+    print("wrote")
+    time.sleep(0.3)
+    return real(*args)
+
+real, prep.write_tokens = prep.write_tokens, slow
+prep.STDLIB_SKIP += ("[b-z]*",)
+cfg = types.SimpleNamespace(data_dir=sys.argv[1], block_size=8, seed=0, vocab_size=0)
+print(len(open_data(cfg, cfg, False)[2].tokens))
+"""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", script, tmp_path / "stdlib"]
+    runs = [subprocess.Popen(command, cwd=SCRIPT.parent.parent, **pipes) for _ in range(3)]
     said = [run.communicate() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0] and len({out.split()[-1] for out, _ in said}) == 1, said
+    assert [run.returncode for run in runs] == [0, 0, 0], said
+    assert len({out.split()[-1] for out, _ in said}) == 1
     assert sum("wrote" in out for out, _ in said) == 1 and len(os.listdir(tmp_path / "stdlib")) == 4
 
 
@@ -468,7 +510,8 @@ def test_what_counts_is_the_ids_that_the_data_hold(tmp_path):
     """A tokenizer with [PAD] added, a model whose embedding was not resized for it."""
     added = [{"id": 258 + i, "content": token} for i, token in enumerate([DEEPSEEK_EOS, "[PAD]"])]
     save(tmp_path / "tokenizer.json", bpe_json(added_tokens=added))
-    meta = prepare(tmp_path / "out", input=write(tmp_path, {"t": b"some text " * 9}) / "t", tokenizer=tmp_path)
+    meta = prepare(tmp_path / "out", input=write(tmp_path, {"t": b"some text " * 9}) / "t",
+                   tokenizer=tmp_path)
     assert (meta["vocab_size"], meta["max_token"]) == (260, 258)
     open_data(config(tmp_path / "out"), config("", vocab_size=259), True)
     with pytest.raises(ValueError, match="hold token 258, which doesn't fit --vocab_size 258"):
@@ -479,15 +522,16 @@ def test_what_counts_is_the_ids_that_the_data_hold(tmp_path):
         open_data(config(tmp_path / "out"), config("", vocab_size=259), True)
 
 
-@pytest.mark.parametrize("keys", [("dtype", "separator", "vocab_size"), ("dtype", "separator", "vocab_size", "eos", "bos")])
-def test_data_of_other_making(tmp_path, keys):
+@pytest.mark.parametrize("more", [(), ("eos", "bos")])
+def test_data_of_other_making(tmp_path, more):
     meta = prepare(tmp_path, input=write(tmp_path, {"t": b"some text " * 9}) / "t")
-    save(tmp_path / "meta.json", {key: meta[key] for key in keys})
+    save(tmp_path / "meta.json", {key: meta[key] for key in ("dtype", "separator", "vocab_size", *more)})
     meta = open_data(config(tmp_path), config(""), False)[0]
-    assert ends_of_data(meta).begin == SEP and ends_of_data(meta).eos == (SEP,) and not ends_of_data(meta).add_bos
+    assert ends_of_data(meta).begin == SEP and ends_of_data(meta).eos == (SEP,)
+    assert not ends_of_data(meta).add_bos
 
 
-# ---- where texts begin and end ----------------------------------------------------------------------------------------
+# ---- where texts begin and end -----------------------------------------------------------------------------
 
 
 def release(folder, tokenizer_config={}, **files):
@@ -515,7 +559,8 @@ EOT = {"eos_token": "<|eot_id|>"}
     (dict(tokenizer_config=EOT | {"add_bos_token": True}), Ends(None, (259,), False)),
     (dict(config={"eos_token_id": 259, "bos_token_id": 258}), Ends(258, (259,), False)),
     (dict(config={"eos_token_id": [258, 259]}), Ends(None, (258, 259), False)),
-    (dict(tokenizer_config=EOT, config={"eos_token_id": [258, 260, 259]}), Ends(None, (259, 258, 260), False)),
+    (dict(tokenizer_config=EOT, config={"eos_token_id": [258, 260, 259]}),
+     Ends(None, (259, 258, 260), False)),
     (dict(tokenizer_config=EOT, config={"eos_token_id": 259}, generation_config={"eos_token_id": 260}),
      Ends(None, (260,), False)),
     (dict(config={"eos_token_id": 259}, generation_config={"eos_token_id": None}), Ends(None, (259,), False)),
@@ -523,7 +568,8 @@ EOT = {"eos_token": "<|eot_id|>"}
 ])
 def test_ends_as_the_folder_declares_them(tmp_path, files, ends):
     enc = get_tokenizer(release(tmp_path, **files))
-    assert read_ends(tmp_path, enc) == read_ends(tmp_path / "tokenizer.json", enc) == ends and enc.n_vocab == 261
+    assert read_ends(tmp_path, enc) == read_ends(tmp_path / "tokenizer.json", enc) == ends
+    assert enc.n_vocab == 261
     meta = prepare(tmp_path / "out", input=write(tmp_path, {"t": b"abc" * 99}) / "t", tokenizer=tmp_path)
     tokens = read(tmp_path / "out", "train")
     assert tokens[:3] == [ends.eos[0], *[ends.bos] * ends.add_bos, 257, 257][:3] and meta["vocab_size"] == 261
@@ -544,7 +590,8 @@ def test_an_exported_tokenizer_begins_texts_as_the_source_did(tmp_path):
         for name, content in tokenizer_files(enc, Ends(258, (259, 260), add_bos)).items():
             save(tmp_path / name, content)
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-        assert theirs.encode("abc") == [258] * add_bos + [257] and (theirs.bos_token_id, theirs.eos_token_id) == (258, 259)
+        assert theirs.encode("abc") == [258] * add_bos + [257]
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (258, 259)
 
 
 def test_a_separator_is_invented_only_where_none_is_declared(tmp_path):
@@ -560,7 +607,7 @@ def test_a_separator_is_invented_only_where_none_is_declared(tmp_path):
         get_tokenizer(tmp_path)
 
 
-# ---- tokenizers ------------------------------------------------------------------------------------------------------
+# ---- tokenizers --------------------------------------------------------------------------------------------
 
 
 def test_bytes_tokenizer_is_the_bytes():
@@ -598,13 +645,18 @@ GOOD_RANKS = json.loads(encoding_to_json(get_tokenizer("bytes")))["ranks"]
 
 
 @pytest.mark.parametrize("text, match", [
-    ("", "Expecting value"), ("[" * 100_000, "malformed"), ("null", "malformed"), ("[]", "malformed"), ("{}", "ranks"),
+    ("", "Expecting value"), ("[" * 100_000, "malformed"), ("null", "malformed"), ("{}", "ranks"),
     (encoding_to_json(get_tokenizer("bytes"))[:-9], "Expecting|delimiter|Unterminated"),
-    (damaged(ranks=[]), "malformed"), (damaged(ranks={}), "the byte"), (damaged(ranks={"*": 1}), "base64|padding"),
-    (damaged(ranks=GOOD_RANKS | {"": 999}), "empty token"), (damaged(ranks=GOOD_RANKS | {"YWI=": 2**40}), "token id"),
-    (damaged(ranks=GOOD_RANKS | {"YWI=": -1}), "token id"), (damaged(ranks=GOOD_RANKS | {"YWI=": True}), "token id"),
-    (damaged(ranks=GOOD_RANKS | {"YWI=": 1.5}), "token id"), (damaged(ranks=GOOD_RANKS | {"YWI=": [1]}), "token id"),
-    (damaged(ranks=GOOD_RANKS | {"YWI=": 7}), "two tokens share"), (damaged(special_tokens={"x": 3}), "share"),
+    (damaged(ranks=[]), "malformed"), (damaged(ranks={}), "the byte"),
+    (damaged(ranks={"*": 1}), "base64|padding"),
+    (damaged(ranks=GOOD_RANKS | {"": 999}), "empty token"),
+    (damaged(ranks=GOOD_RANKS | {"YWI=": 2**40}), "token id"),
+    (damaged(ranks=GOOD_RANKS | {"YWI=": -1}), "token id"),
+    (damaged(ranks=GOOD_RANKS | {"YWI=": True}), "token id"),
+    (damaged(ranks=GOOD_RANKS | {"YWI=": 1.5}), "token id"),
+    (damaged(ranks=GOOD_RANKS | {"YWI=": [1]}), "token id"),
+    (damaged(ranks=GOOD_RANKS | {"YWI=": 7}), "two tokens share"),
+    (damaged(special_tokens={"x": 3}), "share"),
     (damaged(special_tokens=[]), "malformed"), (damaged(special_tokens={"": 256}), "empty token"),
     (damaged(special_tokens={"\ud800": 256}), "surrogate"), (damaged(name=None), "name"),
     (damaged(pat_str="("), "arenthesis"), (damaged(pat_str=None), "malformed"),
@@ -617,8 +669,10 @@ def test_damaged_encoding_json_is_a_value_error(text, match):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-NASTY = [*"  \t\r\n\n12345٣①ab cdZ'.,-()[]<>|~^$_ßé한ไ中文字・゠゛ぁカ龥龦👩🚀", *"\0\x85\xa0\u0301\u0378\u0e31\u200b\u200d\u2028",
-         *"\u3000\u3040\u3099\ue000\ufe0f\U0010ffff", "  ", "    ", "123", "1234567", "中文", "\r\n", "abc", "'re", "'LL"]
+NASTY = [*"  \t\r\n\n12345٣①ab cdZ'.,-()[]<>|~^$_ßé한ไ中文字・゠゛ぁカ龥龦👩🚀",
+         *"\0\x85\xa0\u0301\u0378\u0e31\u200b\u200d\u2028",
+         *"\u3000\u3040\u3099\ue000\ufe0f\U0010ffff", "  ", "    ", "123", "1234567", "中文", "\r\n", "abc",
+         "'re", "'LL"]
 
 
 @pytest.mark.parametrize("pre_tokenizer", [
@@ -636,8 +690,9 @@ def test_tokenizer_json_parity_with_tokenizers(tmp_path, pre_tokenizer):
     bpe, byte_level = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers.ByteLevel
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=4000, initial_alphabet=byte_level.alphabet(),
                                              special_tokens=[DEEPSEEK_EOS], show_progress=False)
-    bpe.pre_tokenizer = byte_level(add_prefix_space=False, use_regex=False)  # learns merges across every boundary, so
-    bpe.train_from_iterator(nasty, trainer)                                  # that a boundary out of place is seen
+    # learns merges across every boundary, so that a boundary out of place is seen
+    bpe.pre_tokenizer = byte_level(add_prefix_space=False, use_regex=False)
+    bpe.train_from_iterator(nasty, trainer)
     spec = json.loads(bpe.to_str()) | {"pre_tokenizer": pre_tokenizer}
     theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
     ours = get_tokenizer(save(tmp_path / "tokenizer.json", spec))
@@ -645,8 +700,9 @@ def test_tokenizer_json_parity_with_tokenizers(tmp_path, pre_tokenizer):
     runs = [" " * 3000 + "1", "中" * 3000, "9" * 3001, "\u200b" * 3000, "\r\n" * 1000, "e" + "\u0301" * 3000]
     for text in nasty + runs:
         assert ours.encode_ordinary(text) == theirs.encode(text, add_special_tokens=False).ids, ascii(text)
-    again = get_tokenizer(save(tmp_path / "again.json", encoding_to_tokenizer_json(ours)))      # an exported one
-    assert same_ids(again, ours) and all(again.encode_ordinary(t) == ours.encode_ordinary(t) for t in nasty + runs)
+    again = get_tokenizer(save(tmp_path / "again.json", encoding_to_tokenizer_json(ours)))
+    assert same_ids(again, ours)
+    assert all(again.encode_ordinary(t) == ours.encode_ordinary(t) for t in nasty + runs)
     third = get_tokenizer(save(tmp_path / "third.json", encoding_to_tokenizer_json(again)))     # doesn't grow
     assert third._pat_str == again._pat_str
 
@@ -661,10 +717,12 @@ def test_deepseeks_own_tokenizer():
     assert read_ends(path, ours) == Ends(0, (1,), False)
     python = [p.read_text("utf-8") for p in sorted(Path(os.__file__).parent.glob("a*.py"))]
     nasty = ["".join(rng.choices(NASTY, k=rng.randint(1, 30))) for _ in range(2000)]
-    for text in python + nasty + ["".join(chr(rng.randrange(0xD800)) for _ in range(30)) for _ in range(1000)]:
+    wild = ["".join(chr(rng.randrange(0xD800)) for _ in range(30)) for _ in range(1000)]
+    for text in python + nasty + wild:
         assert ours.encode_ordinary(text) == theirs.encode(text, add_special_tokens=False).ids, ascii(text)
     spec, again = json.loads(path.read_text("utf-8")), encoding_to_tokenizer_json(ours, bos=0)
-    assert again["pre_tokenizer"] == spec["pre_tokenizer"] and again["model"]["vocab"].items() >= spec["model"]["vocab"].items()
+    assert again["pre_tokenizer"] == spec["pre_tokenizer"]
+    assert again["model"]["vocab"].items() >= spec["model"]["vocab"].items()
 
 
 @pytest.mark.parametrize("ignore_merges", [True, False])
@@ -680,15 +738,18 @@ def test_tokens_that_no_merges_reach(tmp_path, ignore_merges):
             get_tokenizer(path)
         return
     ours = get_tokenizer(path)
-    assert ours.encode_ordinary("zyx Hello abc") == [258, 259, 220, 257] and len(ours.encode_ordinary("zyxa")) == 4
+    assert ours.encode_ordinary("zyx Hello abc") == [258, 259, 220, 257]
+    assert len(ours.encode_ordinary("zyxa")) == 4
     tokenizers, rng = pytest.importorskip("tokenizers"), random.Random(2)
     again = get_tokenizer(save(tmp_path / "again.json", encoding_to_tokenizer_json(ours)))
-    theirs = [tokenizers.Tokenizer.from_file(str(tmp_path / name)) for name in ("tokenizer.json", "again.json")]
+    theirs = [tokenizers.Tokenizer.from_file(str(tmp_path / name))
+              for name in ("tokenizer.json", "again.json")]
     words = ["zyx", " Hello", "z", "y", "x", " ", "H", "ello", "a", "b", "c", "w"]
     for text in ["".join(rng.choices(words, k=rng.randint(1, 9))) for _ in range(3000)]:
         ids = ours.encode_ordinary(text)
         assert ids == again.encode_ordinary(text) and all(ids == t.encode(text).ids for t in theirs), text
-    spec["model"]["merges"].remove("wx wx")     # the library would now make wxwx of wxw and x only, tiktoken of both
+    # now the library would make wxwx of wxw and x only, tiktoken of wx and wx too
+    spec["model"]["merges"].remove("wx wx")
     with pytest.raises(ValueError, match="b'wxwx', which no merges build up"):
         get_tokenizer(save(path, spec))
 
@@ -702,12 +763,16 @@ VOCAB = bpe_json()["model"]["vocab"]
 
 
 @pytest.mark.parametrize("changes, match", [
-    ({"model": None}, "malformed"), ({"model__vocab": []}, "malformed"), ({"model__type": "Unigram"}, "Unigram"),
-    ({"model__byte_fallback": True}, "byte_fallback"), ({"model__continuing_subword_prefix": "##"}, "subword_prefix"),
+    ({"model": None}, "malformed"), ({"model__vocab": []}, "malformed"),
+    ({"model__type": "Unigram"}, "Unigram"),
+    ({"model__byte_fallback": True}, "byte_fallback"),
+    ({"model__continuing_subword_prefix": "##"}, "subword_prefix"),
     ({"model__end_of_word_suffix": "</w>"}, "end_of_word"), ({"model__dropout": 0.1}, "dropout"),
     ({"normalizer": {"type": "NFC"}}, "normalizer .*NFC"), ({"pre_tokenizer": None}, "pre_tokenizer None"),
-    ({"pre_tokenizer__add_prefix_space": True}, "add_prefix_space"), ({"pre_tokenizer__use_regex": False}, "use_regex"),
-    ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"), ({"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"),
+    ({"pre_tokenizer__add_prefix_space": True}, "add_prefix_space"),
+    ({"pre_tokenizer__use_regex": False}, "use_regex"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+    ({"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"),
     ({"pre_tokenizer": sequence({"type": "Digits", "individual_digits": True})}, "Digits"),
     ({"pre_tokenizer": sequence(split_json("a", "MergedWithPrevious"))}, "MergedWithPrevious"),
     ({"pre_tokenizer": sequence(split_json("a", "Removed"))}, "Removed"),
@@ -715,25 +780,33 @@ VOCAB = bpe_json()["model"]["vocab"]
     ({"pre_tokenizer": sequence(split_json(r"\w+"))}, "regex"),
     ({"pre_tokenizer": sequence(split_json(r"[a[b]]"))}, "regex"),
     ({"pre_tokenizer": sequence(split_json("(a"))}, "Parsing error"),
-    ({"pre_tokenizer": sequence(split_json("a|b"), split_json("c"))}, "'a.b'.*a single Split, and DeepSeek-V3's"),
+    ({"pre_tokenizer": sequence(split_json("a|b"), split_json("c"))},
+     "'a.b'.*a single Split, and DeepSeek-V3's"),
     ({"pre_tokenizer": sequence(split_json(r"\d+"), use_regex=True)}, "and DeepSeek-V3's are"),
     ({"pre_tokenizer": sequence(*map(split_json, DEEPSEEK_SPLITS[::-1]))}, "and DeepSeek-V3's are"),
     ({"pre_tokenizer": sequence(*map(split_json, DEEPSEEK_SPLITS), use_regex=True)}, "and DeepSeek-V3's are"),
     ({"pre_tokenizer": sequence(split_json(LLAMA_SPLIT, "Removed", True), split_json("a"))}, "Removed"),
-    ({"model__merges": ["ab c", "a b"]}, "merge order"), ({"model__merges": ["a b", "a bc"]}, "b'abc'.*build up"),
-    ({"model__merges": ["a b"]}, "b'abc'.*build up"), ({"model__merges": ["a b", "ab c", "x y"]}, "makes no token"),
+    ({"model__merges": ["ab c", "a b"]}, "merge order"),
+    ({"model__merges": ["a b", "a bc"]}, "b'abc'.*build up"),
+    ({"model__merges": ["a b"]}, "b'abc'.*build up"),
+    ({"model__merges": ["a b", "ab c", "x y"]}, "makes no token"),
     ({"model__vocab": VOCAB | {"中": 300}}, "not byte-level"),
     ({"model__vocab": VOCAB | {"zz": 300}}, "b'zz'.*build up"),
     ({"model__vocab": {t: i for t, i in VOCAB.items() if t != "q"}}, "the byte b'q'"),
-    ({"model__merges": ["a b", "a b c"]}, "no pair"), ({"pre_tokenizer": sequence() | {"pretokenizers": []}}, "single Split"),
+    ({"model__merges": ["a b", "a b c"]}, "no pair"),
+    ({"pre_tokenizer": sequence() | {"pretokenizers": []}}, "single Split"),
     ({"model__merges": ["a b", "ab c", "a b"]}, "merge order"),
-    ({"added_tokens": [{"content": "abc", "id": 5}]}, "'abc' with the id 5, for which Hugging Face takes 257"),
-    ({"added_tokens": [{"content": "<x>", "id": 400}]}, "'<x>' with the id 400, for which Hugging Face takes 258"),
-    ({"added_tokens": [{"content": "<x>", "id": 258}, {"content": "<x>", "id": 259}]}, "the id 259, .* takes 258"),
+    ({"added_tokens": [{"content": "abc", "id": 5}]},
+     "'abc' with the id 5, for which Hugging Face takes 257"),
+    ({"added_tokens": [{"content": "<x>", "id": 400}]},
+     "'<x>' with the id 400, for which Hugging Face takes 258"),
+    ({"added_tokens": [{"content": "<x>", "id": 258}, {"content": "<x>", "id": 259}]},
+     "the id 259, .* takes 258"),
     ({"pre_tokenizer": {"type": "x" * 10**5}}, "x" * 100),
     ({"added_tokens": [{"content": "<x>", "id": 900, "lstrip": True}]}, "'<x>' with lstrip"),
     ({"added_tokens": [{"content": "<x>", "id": 900, "single_word": True}]}, "'<x>' with single_word"),
-    ({"added_tokens": [{"content": "<x>", "id": 258}, {"content": "<x>y", "id": 259}]}, "'<x>y', which begins with"),
+    ({"added_tokens": [{"content": "<x>", "id": 258}, {"content": "<x>y", "id": 259}]},
+     "'<x>y', which begins with"),
     ({"model__vocab": VOCAB | {"<x>": 5}, "added_tokens": [{"content": "<x>", "id": 5}]}, "two tokens share"),
 ])
 def test_unsupported_tokenizer_json_is_refused_by_name(tmp_path, changes, match):
@@ -743,11 +816,9 @@ def test_unsupported_tokenizer_json_is_refused_by_name(tmp_path, changes, match)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
-LINES = [base64.b64encode(t) + b" %d" % r for t, r in BYTES.items()]
-
-
 @pytest.mark.parametrize("lines, match", [
-    ([], "the byte|rank"), (LINES[:-1], "the byte"), (LINES + [b"YWI="], "line 257"), (LINES + [b"YWI= x"], "line 257"),
+    ([], "the byte|rank"), (LINES[:-1], "the byte"), (LINES + [b"YWI="], "line 257"),
+    (LINES + [b"YWI= x"], "line 257"),
     (LINES + [b"*** 256"], "line 257"), (LINES + [b"YWI= 258"], "missing"), (LINES + [b"YWI= 3"], "twice"),
     (LINES + [b"YQ== 256"], "missing"), (LINES + [b"YWI= -1"], "rank"), ([b"{}"], "line 1"),
 ])
@@ -759,14 +830,16 @@ def test_damaged_tiktoken_file_is_refused(tmp_path, lines, match):
 
 
 def test_tiktoken_file_cuts_text_like_gpt2(tmp_path):
-    merged = [b"YWI= 256", b"", b"IGE= 257", b"ICA= 258", b"", b""]  # ab, " a", "  "; empty lines mean nothing
+    # ab, " a", "  "; empty lines mean nothing
+    merged = [b"YWI= 256", b"", b"IGE= 257", b"ICA= 258", b"", b""]
     (tmp_path / "my.tiktoken").write_bytes(b"\n".join(LINES + merged))
     enc = get_tokenizer(tmp_path / "my.tiktoken")
     assert enc.encode_ordinary("ab a  a1") == [256, 257, 32, 257, 49] and separator(enc) == 259
 
 
 def test_gpt2_offline_names_the_way_out(monkeypatch):
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no route")))
+    monkeypatch.setattr(tiktoken, "get_encoding",
+                        lambda name: (_ for _ in ()).throw(ConnectionError("no route")))
     with pytest.raises(OSError, match="gpt2.*--tokenizer"):
         get_tokenizer("gpt2")
 
@@ -778,16 +851,19 @@ def test_tokenizer_that_loses_text_is_refused(tmp_path):
     enc = tiktoken.Encoding("lossy", pat_str="[a-z ]+", mergeable_ranks=BYTES | {b"ab": 256}, special_tokens={
         "<|endoftext|>": 257})
     with pytest.raises(ValueError, match="loses text"):
-        prep.write_tokens(iter([prep.Document(b"some text\n" * 9, "t")]), enc, Ends(None, (257,), False), "uint16", tmp_path)
+        prep.write_tokens(iter([prep.Document(b"some text\n" * 9, "t")]), enc, Ends(None, (257,), False),
+                          "uint16", tmp_path)
 
 
-# ---- bad input -------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("files, arguments, match", [
     ({}, {"input": "nothing/here"}, "no input nothing"), ({"t": b""}, {"input": "t"}, "t is empty"),
-    ({"t": b"x"}, {"input": "t"}, "too little text"), ({"t": "中".encode()}, {"input": "t"}, "too little text"),
-    ({"t": b"caf\xe9" * 9}, {"input": "t"}, "not UTF-8"), ({"t": b"nul\0" * 9}, {"input": "t"}, "t is binary, not text: byte 3 is NUL"),
+    ({"t": b"x"}, {"input": "t"}, "too little text"),
+    ({"t": "中".encode()}, {"input": "t"}, "too little text"),
+    ({"t": b"caf\xe9" * 9}, {"input": "t"}, "not UTF-8"),
+    ({"t": b"nul\0" * 9}, {"input": "t"}, "t is binary, not text: byte 3 is NUL"),
     ({"d/.x": b"hidden"}, {"input": "d"}, "no text in d"),
     ({"d/x": b"\xff", "d/y": b""}, {"input": "d"}, "no text in d"),
     ({}, {"source": "wiki"}, "no source wiki"),
@@ -801,9 +877,11 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, files, arguments, matc
 
 
 def test_a_run_too_long_for_the_pattern_names_its_file(tmp_path):
-    text = write(tmp_path / "in", {"a.txt": b"fine", "b/long.txt": b"x" + b" " * 1_600_000 + b"y", "c.txt": b"fine"})
+    text = write(tmp_path / "in",
+                 {"a.txt": b"fine", "b/long.txt": b"x" + b" " * 1_600_000 + b"y", "c.txt": b"fine"})
     (tmp_path / "t.tiktoken").write_bytes(b"\n".join(LINES + [b"YWI= 256"]))
-    with pytest.raises(ValueError, match=r"b/long.txt: the pattern of .* a run of a million spaces .* --tokenizer bytes"):
+    words = r"b/long.txt: the pattern of .* a run of a million spaces .* --tokenizer bytes"
+    with pytest.raises(ValueError, match=words):
         prepare(tmp_path / "out", input=text, tokenizer=tmp_path / "t.tiktoken")
     assert prepare(tmp_path / "out", input=text)["documents"] == 3
 
@@ -815,27 +893,33 @@ def test_odd_file_names_cost_nothing(tmp_path):
         with open(folder + b"/" + name, "wb") as file:
             file.write(b"\xff" if name.startswith(b"bad") else b"some text")
     for encoding in ("cp1252", "ascii", "utf-8"):
-        done = subprocess.run([sys.executable, SCRIPT, "--input", folder, "--out_dir", folder + b"out"], text=True,
-                              errors="replace", capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
+        done = subprocess.run([sys.executable, SCRIPT, "--input", folder, "--out_dir", folder + b"out"],
+                              env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, text=True,
+                              errors="replace")
         assert done.returncode == 0 and "skipped" in done.stdout and "2 documents" in done.stdout, done
-    assert json.loads(Path(os.fsdecode(folder) + "out/meta.json").read_text())["source"] == os.fsdecode(b"\xff\xe9")
+    meta = json.loads(Path(os.fsdecode(folder + b"out/meta.json")).read_text())
+    assert meta["source"] == os.fsdecode(b"\xff\xe9")
 
 
 def command(*arguments, cwd):
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, capture_output=True,
+                          text=True)
 
 
 def test_command_line(tmp_path):
     write(tmp_path, {"t.txt": b"some text " * 10, "bad.txt": b"\xff"})
     good = command("--input", "t.txt", "--out_dir", "out", cwd=tmp_path)
     assert good.returncode == 0 and good.stderr == "" and "vocabulary 257 (bytes)" in good.stdout
-    assert read(tmp_path / "out", "train") == [SEP, *b"some text " * 9] and "out: 91 train + 10 val" in good.stdout
+    assert read(tmp_path / "out", "train") == [SEP, *b"some text " * 9]
+    assert "out: 91 train + 10 val" in good.stdout
     usage = command("--help", cwd=tmp_path).stdout
-    assert all(flag in usage for flag in ("--source", "--input", "--out_dir", "--tokenizer", "tokenizer.json"))
+    assert all(flag in usage
+               for flag in ("--source", "--input", "--out_dir", "--tokenizer", "tokenizer.json"))
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (("--input", "bad.txt"), "not UTF-8"), (("--input", "gone.txt"), "gone.txt"), (("--tokenizer", "gone"), "gone"),
+    (("--input", "bad.txt"), "not UTF-8"), (("--input", "gone.txt"), "gone.txt"),
+    (("--tokenizer", "gone"), "gone"),
     (("--inputs", "t.txt"), "--inputs"), (("--tok", "gpt2"), "--tok"),
     (("--source", "stdlib", "--input", "t.txt"), "not allowed with"),
 ])
