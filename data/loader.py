@@ -34,8 +34,8 @@ def mapped(path, dtype, meta):
 class Tokens:
     """The windows of a .bin file, in an order that depends on the seed and the sample's number only.
 
-    Each epoch cuts the file at a random offset into windows that don't overlap, and shuffles them. So sample
-    number n is the same whatever came before: a resumed run needs nothing but n. """
+    Each epoch cuts the file at a random offset into windows that don't overlap, and shuffles them. Sample n
+    is the same whatever came before, so a resumed run needs nothing but n. """
 
     def __init__(self, path, meta, block_size, vocab_size, seed):
         self.path, self.T, self.vocab_size, self.seed = path, block_size, vocab_size, seed
@@ -81,7 +81,7 @@ def read_meta(path):
 
 def open_data(cfg, config, vocab_size_given, rank=0):
     """-> meta.json's dict, encoding.json's text and the train Tokens. Sizes config.vocab_size to the data
-    unless it was given. Folders with the name of a source are prepared by rank 0 if they hold no data yet."""
+    unless it was given. Rank 0 prepares a folder that has the name of a source and no data yet."""
     data_dir = Path(cfg.data_dir)
     if rank == 0 and data_dir.name in SOURCES and not (data_dir / "meta.json").is_file():
         print(f"{data_dir} has no data yet: preparing {data_dir.name}")
@@ -106,8 +106,8 @@ def open_data(cfg, config, vocab_size_given, rank=0):
 class Validation:
     """Mean loss over the validation split, or its first 256 KB of text.
 
-    Every token is predicted exactly once, those of prompts excepted; windows overlap by one token, so only
-    the context restarts with a window. The first token follows a separator. """
+    Every token is predicted exactly once, except those of prompts: windows overlap by one token, and the
+    first one starts with a separator. """
 
     def __init__(self, path, meta, encoding, block_size):
         lengths, separator = token_lengths(encoding_from_json(encoding)), meta["separator"]
@@ -118,17 +118,14 @@ class Validation:
         tokens = tokens[:np.searchsorted(lengths[tokens].cumsum(), 2**18, side="right")]
         mask = open_mask(path, meta)
         targets = tokens.copy() if mask is None else np.where(mask[:len(tokens)], tokens, -100)
-        start = 1 if tokens[0] == separator else 0
+        start = int(tokens[0] == separator)
         tokens, targets = np.concatenate([[separator], tokens[start:]]), targets[start:]
         self.n, self.bytes = int((targets != -100).sum()), int(lengths[targets[targets != -100]].sum())
         if not self.bytes:
             raise ValueError(f"{path} holds no text to evaluate on; prepare more data")
-        rows = -(-len(targets) // block_size)
-        self.x = torch.full((rows * block_size,), separator)
-        self.y = torch.full((rows * block_size,), -100)
-        self.x[:len(targets)] = torch.from_numpy(tokens[:-1])
-        self.y[:len(targets)] = torch.from_numpy(targets)
-        self.x, self.y = self.x.view(rows, block_size), self.y.view(rows, block_size)
+        spare = -len(targets) % block_size
+        self.x = F.pad(torch.from_numpy(tokens[:-1]), (0, spare), value=separator).view(-1, block_size)
+        self.y = F.pad(torch.from_numpy(targets), (0, spare), value=-100).view(-1, block_size)
 
     @torch.no_grad()
     def evaluate(self, model, batch_size, device, autocast, doc_ids):

@@ -9,17 +9,17 @@
 
 A .bin file is a flat array of token ids, np.memmap(file, dtype=meta["dtype"]):
     separator, document, separator, document, ...       # the separator stands *before* each document
-The separator is the token that ends a text; where a model expects a token before each text, it follows. The
-last 10% of the raw bytes are val. The cut is made before tokenising, so that every tokenizer is judged on the
-same text; a document that lies across the cut continues in val without a separator.
+The separator is the token that ends a text. Where a model expects a token before each text, it follows the
+separator. The last 10% of the raw bytes are val: the cut comes before tokenising, so that every tokenizer is
+judged on the same text. A document that lies across the cut continues in val without a separator.
 
 A .jsonl file holds a JSON object per line. {"text": ...} is a document. {"prompt": ..., "completion": ...} is
 one too, but only the completion and the separator after it are trained on: train.mask and val.mask hold a
 byte per token, 1 where the token is to be predicted. A pair is never cut, and special tokens in it, such as
 <|im_start|>, become their ids.
 
-Fill-in-middle (§4.1 of the DeepSeek-V3 report): of the documents that are all in train, the share --fim_rate
-is cut at two random characters and reordered, from which a model learns to fill a hole:
+Fill-in-middle (§4.1 of the DeepSeek-V3 report): --fim_rate of the documents that lie in train as a whole are
+cut at two random characters and reordered, so that a model learns to fill a hole:
     separator, <｜fim▁begin｜>, prefix, <｜fim▁hole｜>, suffix, <｜fim▁end｜>, middle, separator, ...
 """
 
@@ -103,8 +103,7 @@ def text_fault(raw: bytes) -> str | None:
 
 
 def folder(root: Path, pattern: str, skip: tuple, out_dir: Path):
-    """Each text file below root whose name fits pattern, by relative path; skip names files and folders to
-    leave out."""
+    """The texts in the files below root that fit pattern, without files and folders that fit skip."""
     paths, odd, found = [], [], False
     for where, folders, names in os.walk(root):
         own = FILES if Path(where).resolve() == out_dir.resolve() else ()   # our output is not our input
@@ -153,8 +152,7 @@ def shakespeare():
         with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
             yield Document(response.read(), SHAKESPEARE)
     except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"could not download {SHAKESPEARE} ({error}): get it another way and use --input FILE"
-                      ) from error
+        raise OSError(f"could not download {SHAKESPEARE} ({error}): use --input FILE instead") from error
 
 
 def fineweb():
@@ -191,8 +189,8 @@ def progress(items, what: str):
 
 
 def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.0, again=True) -> dict | None:
-    """Tokenises a source (or the file or folder `input`) into out_dir, unless that holds data and not
-    `again`.
+    """Tokenises a source, or the file or folder `input`, into out_dir. With again=False, data that out_dir
+    holds already stay.
 
     Returns the contents of meta.json: dtype, vocab_size, tokenizer, separator, bos, eos, add_bos (ids, see
     Ends), max_token (the highest id in the data), source, documents, pairs, bytes_per_token,
@@ -339,8 +337,7 @@ def sync(file) -> None:
 
 
 def publish(staged: Path, out_dir: Path) -> None:
-    """Puts FILES in place of the old ones. meta.json is the first to go and the last to come: a reader who
-    finds it finds a whole dataset."""
+    """Puts FILES in place of the old ones. A folder with a meta.json is whole: that goes first, comes last."""
     for name in reversed(FILES):
         (out_dir / name).unlink(missing_ok=True)
     for name in FILES:

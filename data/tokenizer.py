@@ -42,7 +42,9 @@ DEEPSEEK_PATTERN = "|".join([
     r" ?[\p{P}\p{S}&&[^CJK]]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?![^\s\p{N}CJK])", r"\s+",
     r"[^\s\p{L}\p{M}\p{P}\p{S}\p{N}CJK]+(?![\p{L}\p{M}&&[^CJK]])"]).replace("CJK", "一-龥぀-ゟ゠-ヿ")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-PROBE = "Hi, it's 1234\r\n\t   of 我们の・e\u0301 👩\u200d🚀 \u200b\0"    # a tokenizer must not lose any of it
+# a tokenizer must lose none of it: every kind of character that Unicode knows
+PROBE = ("Hi, it's 1234\r\n\t   of 我们の・e\u0301 👩\u200d🚀 \u200b\0 ǅʰª\u0903\u20ddⅧ² ‿—([)]«» +$^© "
+         "\xa0\u2028\u2029\x85\ue000\u0378")
 
 
 def get_tokenizer(name_or_path) -> tiktoken.Encoding:
@@ -62,11 +64,9 @@ def get_tokenizer(name_or_path) -> tiktoken.Encoding:
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer {name_or_path}: give bytes, gpt2, a .tiktoken file, a "
                                 "tokenizer.json, or a folder with a tokenizer.json or tiktoken.model")
+    read = from_tokenizer_json if path.suffix == ".json" else from_tiktoken_file
     with blame(path):
-        if path.suffix == ".json":
-            enc = from_tokenizer_json(path)
-        else:
-            enc = from_kimi(path) if path.name == "tiktoken.model" else from_tiktoken_file(path)
+        enc = from_kimi(path) if path.name == "tiktoken.model" else read(path)
     return enc if read_ends(path, enc).eos else with_special_tokens(enc, [ENDOFTEXT])
 
 
@@ -85,8 +85,7 @@ class Ends(NamedTuple):
     add_bos: bool           # the model expects bos before every text
 
     @property
-    def begin(self) -> int:
-        """The token after which a new document begins."""
+    def begin(self) -> int:     # the token after which a new document begins
         return self.bos if self.add_bos else self.eos[0]
 
 
@@ -114,8 +113,7 @@ def read_ends(name_or_path, enc: tiktoken.Encoding) -> Ends:
     for token in stops if bos is None else [*stops, bos]:
         if type(token) is not int or not 0 <= token < enc.n_vocab:
             raise ValueError(f"{path.parent}: bos or eos token {repr(token)[:100]} is not one of the "
-                             f"tokenizer's {enc.n_vocab} ids; correct config.json, generation_config.json or "
-                             "tokenizer_config.json")
+                             f"tokenizer's {enc.n_vocab} ids; correct config.json or generation_config.json")
     if not stops:
         eos = special_token(enc, *KNOWN_EOS)
         stops = [] if eos is None else [eos]
@@ -168,7 +166,7 @@ def fim_ids(enc: tiktoken.Encoding) -> list:
 
 
 def with_special_tokens(enc: tiktoken.Encoding, tokens) -> tiktoken.Encoding:
-    """The same tokenizer with these special tokens, which come after all others where it lacks them."""
+    """The same tokenizer with these special tokens; those that it lacks get the next ids."""
     missing = [token for token in tokens if token not in enc._special_tokens]
     added = {token: enc.n_vocab + i for i, token in enumerate(missing)}
     return build(enc.name, enc._pat_str, enc._mergeable_ranks, enc._special_tokens | added) if added else enc
@@ -375,22 +373,16 @@ def one_pattern(pre_tokenizer) -> str:
     if splits == pre_tokenizer_json(DEEPSEEK_PATTERN)["pretokenizers"][:-1]:
         return DEEPSEEK_PATTERN
     match splits:
-        case [{"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}]:
-            pattern = with_gaps(regex)
-        case [{"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Removed", "invert": True}]:
-            pattern = regex
+        case [{"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}
+              | {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Removed", "invert": True}]:
+            pass    # what lies between matches is kept or dropped; build sees that there is nothing
         case _:
             raise ValueError(f"pre_tokenizer {str(pre_tokenizer)[:300]} is not supported, only GPT-2's, a "
                              "single Split, and DeepSeek-V3's are")
     escapes = set(re.findall(r"\\([a-zA-Z0-9])", regex.replace("\\\\", "")))
     understood = "".join(part[0] for part in SYNTAX.finditer(regex))
     need(understood == regex and escapes <= set("pPsSdDrnt"), f"the regex {regex[:60]!r}")
-    return pattern
-
-
-def with_gaps(pattern: str) -> str:
-    """The pattern, and all that lies between its matches: tiktoken drops what it does not match."""
-    return pattern + rf"|(?:(?!{pattern})[\s\S])+"
+    return regex
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -399,8 +391,7 @@ def with_gaps(pattern: str) -> str:
 
 def tokenizer_files(enc: tiktoken.Encoding, ends: Ends | None = None) -> dict:
     """{file name: contents} of a tokenizer for Hugging Face's PreTrainedTokenizerFast. bos_token_id and
-    eos_token_id in tokenizer_config.json are meant for config.json. Without `ends`, a known special token is
-    bos and eos."""
+    eos_token_id in tokenizer_config.json are meant for config.json."""
     bos, eos, add_bos = ends or read_ends("bytes", enc)
     names = {i: token for token, i in enc._special_tokens.items()}
     return {"tokenizer.json": encoding_to_tokenizer_json(enc, bos if add_bos else None),
@@ -439,10 +430,7 @@ def encoding_to_tokenizer_json(enc: tiktoken.Encoding, bos: int | None = None) -
 
 def pre_tokenizer_json(pattern: str) -> dict:
     """The inverse of one_pattern."""
-    inner = pattern[:(len(pattern) - len(with_gaps(""))) // 2]
-    regexes = [inner] if with_gaps(inner) == pattern else [pattern]
-    if pattern == DEEPSEEK_PATTERN:
-        regexes = DEEPSEEK_SPLITS
+    regexes = DEEPSEEK_SPLITS if pattern == DEEPSEEK_PATTERN else [pattern]
     return {"type": "Sequence", "pretokenizers": [
         *({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
           for regex in regexes), BYTE_LEVEL]}
