@@ -284,14 +284,12 @@ OTHER_MODELS = {"deepseek_v2": "its router uses a softmax", "deepseek_v32": "its
                 "deepseek_v4": "its attention is not MLA"}
 TOKEN_IDS = "bos_token_id", "eos_token_id", "pad_token_id"
 INDEX = "model.safetensors.index.json"
-WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 # What says where texts begin and end, and how chats are written: an export keeps these files
 SIDE_FILES = re.compile(r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map"
                         r"|added_tokens)\.json|tiktoken\.model|tokenization_\w+\.py"
                         r"|chat_template\.(json|jinja)")
-
-
-Stored = namedtuple("Stored", "file dtype shape")
+Stored = namedtuple("Stored", "file dtype shape")       # of a tensor, as its file's header says
 
 
 def released_folder(name):
@@ -336,10 +334,8 @@ def read_config(dir):
             raise ValueError(f"model_type={kind[:100]!r} is not supported: {why}")
         check_fixed(raw, FIXED)
         check_fixed(read_object(raw, "quantization_config"), FP8_FORMAT)
-        raw = {"num_nextn_predict_layers": 0, **SAME_MODEL[kind], **raw, **read_rope(raw)}
-        for key in "num_nextn_predict_layers", "n_shared_experts":
-            if raw.get(key, 0) is None:
-                raw[key] = 0
+        raw = {**SAME_MODEL[kind], **raw, **read_rope(raw)}
+        raw["num_nextn_predict_layers"] = raw.get("num_nextn_predict_layers") or 0
         if (kinds := raw.get("mlp_layer_types")) is not None:       # in place of first_k_dense_replace
             dense = kinds.count("dense") if isinstance(kinds, list) else 0
             if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
@@ -508,10 +504,9 @@ def load(cls, dir, dtype=None, device=None, **changes):
         copy, original = read_weight(stored, name), targets[copies[name]]
         # a copy may be stored in another dtype
         if not torch.equal(copy.to(original), original) and not torch.equal(copy, original.to(copy)):
-            cure = ("tie_word_embeddings to false" if name == "lm_head.weight" else
-                    "num_nextn_predict_layers to 0, for the main model alone,")
             raise ValueError(f"{dir}: {name} differs from {copies[name]}, but the model has one tensor for "
-                             f"both; set {cure} in config.json")
+                             "both; in config.json, set num_nextn_predict_layers to 0 to leave out MTP, or "
+                             "tie_word_embeddings to false for a head of its own")
     model.source_files = read_side_files(dir)
     return model.eval()
 
@@ -566,10 +561,9 @@ def check_tensors(dir, expected, copies, stored):
             wrong.append(f"{name} is {dtype} {shape} instead of {'/'.join(dtypes)} {want}")
     parts = []
     for what, names in ("missing", missing), ("unexpected", unexpected), ("wrong:", wrong):
-        shown = [ascii(name)[1:-1][:250] for name in sorted(names)[:10]]
+        shown = ", ".join(ascii(name)[1:-1][:200] for name in sorted(names)[:6])
         if names:
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            parts.append(f"{what} {', '.join(shown)}{more}")
+            parts.append(f"{what} {shown} ({len(names)} in all)")
     if parts:
         raise ValueError(f"the tensors of {dir} don't fit its config.json: {'; '.join(parts)}")
 
@@ -656,9 +650,8 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
 
 
 def old_files(dir, texts):
-    """What the new checkpoint would contradict: the old index, the shards it lists and whatever is named like
-    one, as some readers take all of a folder; and, with another tokenizer, the token ids that override those
-    of config.json."""
+    """What a new checkpoint replaces: the index, the shards that it lists or that are named like shards (some
+    readers take all of a folder), and generation_config.json, whose token ids override config.json's."""
     index = dir / INDEX
     listed = index.read_text(errors="replace") if index.is_file() else ""
     return [path for path in dir.iterdir() if path.is_file() and (
@@ -670,13 +663,10 @@ def check_plain(model):
     """ValueError for a model that the released format can't describe."""
     with torch.device("meta"):
         plain = DeepSeekV3(model.config).state_dict()
-    names = model.state_dict().keys()
-    if any(name.endswith("_scale_inv") for name in names):
-        raise ValueError("this model holds its weights in FP8, for inference only; load it with "
-                         "dtype=torch.bfloat16 and save it with fp8=True")
-    if odd := replaced_classes(model) or sorted(names ^ plain.keys()):
+    if odd := replaced_classes(model) or sorted(model.state_dict().keys() ^ plain.keys()):
         raise ValueError(f"{', '.join(odd[:5])}: not as in model.py, which readers of a released checkpoint "
-                         "expect; put the original classes back, and merge adapters into the weights")
+                         "expect; put the original classes back, merge adapters into the weights, and load "
+                         "FP8 weights with dtype=torch.bfloat16")
 
 
 def config_and_side_files(model, encoding, fp8, ends):

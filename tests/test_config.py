@@ -17,8 +17,8 @@ from model import PRESETS, DeepSeekV3, DeepSeekV3Config
 
 RELEASED = {    # config.json of the released DeepSeek-V3, keys that don't concern the model included
     "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-    "bos_token_id": 0,
-    "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
+    "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu",
+    "hidden_size": 7168,
     "initializer_range": 0.02, "intermediate_size": 18432, "kv_lora_rank": 512,
     "max_position_embeddings": 163840,
     "model_type": "deepseek_v3", "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8,
@@ -158,7 +158,8 @@ GLM_FLASH = {"model_type": "glm4_moe_lite", "n_group": 1, "topk_group": 1, "part
     (GLM_FLASH, dict(first_k_dense_replace=1, rope_theta=1e6, num_nextn_predict_layers=1)),
     (GLM_FLASH | {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 60, "first_k_dense_replace": 9},
      dict(first_k_dense_replace=2)),        # with the kind of the MTP layer
-    ({"mlp_layer_types": None, "n_shared_experts": None}, dict(first_k_dense_replace=3, n_shared_experts=0)),
+    ({"mlp_layer_types": None, "num_nextn_predict_layers": None},
+     dict(first_k_dense_replace=3, num_nextn_predict_layers=0)),
     ({"index_topk": None, "sliding_window": None}, {}),
 ])
 def test_models_of_the_family_are_read(tmp_path, changes, fields):
@@ -169,8 +170,8 @@ def test_models_of_the_family_are_read(tmp_path, changes, fields):
 def test_absent_keys_have_the_defaults_of_their_model_type(tmp_path):
     """Those of transformers' classes, where it is installed."""
     absent = ("n_group", "topk_group", "num_experts_per_tok", "routed_scaling_factor",
-              "first_k_dense_replace",
-              "rms_norm_eps", "max_position_embeddings", "norm_topk_prob", "rope_theta", "rope_scaling")
+              "first_k_dense_replace", "rms_norm_eps", "max_position_embeddings", "norm_topk_prob",
+              "rope_theta", "rope_scaling")
     raw = {k: v for k, v in RELEASED.items() if k not in absent}
     for kind, name in ("deepseek_v3", "DeepseekV3Config"), ("glm4_moe_lite", "Glm4MoeLiteConfig"):
         config = read_config(write(tmp_path, raw | {"model_type": kind}))
@@ -196,7 +197,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, text):
     (dict(qk_rope_head_dim=7), "even"),
     (dict(num_attention_heads=0), "at least 1"),
 ])
-def test_a_model_that_cannot_be_is_refused(make_config, changes, words):
+def test_an_impossible_model_is_refused(make_config, changes, words):
     with pytest.raises(ValueError, match=words):
         make_config(**changes)
 
@@ -217,11 +218,11 @@ def test_671b_counts_exactly():
     assert sum(b.numel() for b in biases) == 14_848
 
 
-def test_counts_agree_with_a_model_that_exists(make_model):
+def test_counts_agree_with_a_real_model(make_model):
     model = make_model(num_nextn_predict_layers=2)
     everything = sum(p.numel() for p in model.parameters())
-    mtp = sum(p.numel() for name,
-              p in model.named_parameters() if ".layers.3." in name or ".layers.4." in name)
+    mtp = sum(p.numel() for name, p in model.named_parameters()
+              if ".layers.3." in name or ".layers.4." in name)
     assert model.num_params(mtp=True) == everything and model.num_params() == everything - mtp
     one_expert = 3 * 48 * 32
     assert model.num_params() - model.num_params(active=True) == 2 * (12 - 3) * one_expert
@@ -231,7 +232,7 @@ def test_counts_agree_with_a_model_that_exists(make_model):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_flops_count_the_matrix_products(make_model, tied):
-    """A third of them (the forward pass) against what torch counts as it runs."""
+    """A third of them (the forward pass) are what torch counts while it runs."""
     from torch.utils.flop_counter import FlopCounterMode
     model, T = make_model(num_nextn_predict_layers=0, tie_word_embeddings=tied), 32
     with FlopCounterMode(display=False) as counter:
@@ -257,7 +258,7 @@ def test_presets_build_on_meta(name):
     assert all(p.is_meta for p in model.parameters())
 
 
-def test_sizes_that_the_presets_promise():
+def test_presets_have_the_sizes_they_promise():
     def active(name):
         with torch.device("meta"):
             return DeepSeekV3(DeepSeekV3Config.preset(name)).num_params(active=True)
@@ -283,7 +284,7 @@ BUILD = {"RMSNorm": "RMSNorm(48)(x)", "MLP": "MLP(48, 80)(x)", "Gate": "x * Gate
 
 @pytest.mark.parametrize("name", BUILD)
 def test_classes_can_be_copied_into_a_notebook(name, make_config):
-    """Nothing but torch, the config and what the docstring names, all of which is used."""
+    """They need torch, the config and what the docstring names, and they use all of it."""
     config = make_config(rope_scaling=dict(type="yarn", factor=2, mscale_all_dim=1.0))
     notebook = {"torch": torch, "nn": nn, "F": F, "math": math, "config": config, "x": torch.randn(2, 5, 48),
                 "angles": model.rope_cos_sin(config, 0, 5)}

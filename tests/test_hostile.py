@@ -34,7 +34,7 @@ ABSURD = [None, True, False, 0, 1, -1, 2, 3, 7, 2**15, 2**30, 2**31 - 1, 2**31, 
 
 @pytest.fixture(autouse=True)
 def limits():
-    """A GB more than the process has, and a minute."""
+    """Each test may use a GB more memory than the process has now, and a minute."""
     with open("/proc/self/statm") as f:
         used = int(f.read().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -52,7 +52,7 @@ def limits():
 
 
 def one_sentence(read, case):
-    """Whether read() accepts; if not, it must say so in a line."""
+    """Whether read() accepts. If it does not, its error must be one line."""
     try:
         read()
         return True
@@ -64,7 +64,7 @@ def one_sentence(read, case):
 
 
 def mutate(tree, rng, values=ABSURD):
-    """A copy of a tree of JSON with one or two of its values, keys or items replaced, dropped or doubled."""
+    """A copy of a JSON value with one or two of its members replaced, deleted, renamed or doubled."""
     tree = json.loads(json.dumps(tree))
     for _ in range(rng.choice((1, 1, 2))):
         node = tree
@@ -89,7 +89,7 @@ def mutate(tree, rng, values=ABSURD):
 
 
 def test_absurd_configs(tmp_path, make_model):
-    """1,000 config.json: read, and built on meta, or refused."""
+    """1,000 config.json, read or refused."""
     rng, path, accepted = random.Random(0), tmp_path / "config.json", 0
     raw = config_json(make_model().config, rope_scaling={"type": "yarn", "factor": 4, "mscale": 1.0})
     for i in range(1000):
@@ -100,7 +100,7 @@ def test_absurd_configs(tmp_path, make_model):
 
 
 def test_absurd_configs_with_weights(tmp_path, make_model):
-    """150 folders whose config.json describes another model than the tensors, of any size."""
+    """150 folders whose config.json describes a model of any size instead of the one that is stored."""
     rng, accepted, model = random.Random(1), 0, make_model(num_hidden_layers=2)
     raw = config_json(model.config)
     write(tmp_path, released(model), raw)
@@ -185,13 +185,14 @@ def test_prompts_of_any_bytes(tmp_path):
                        for _ in range(rng.randrange(12)))
         enc = encs[i % 2]
         if i % 3:
-            text = os.fsdecode(raw)     # as sys.argv has it: what is no UTF-8 becomes lone surrogates
+            text = os.fsdecode(raw)     # as sys.argv has it: bytes that are not UTF-8 become lone surrogates
             text = text if not text.startswith("FILE:") else "x"
         else:
             (tmp_path / "prompt").write_bytes(raw)
             text = f"FILE:{tmp_path / 'prompt'}"
-        accepted += one_sentence(lambda: sample.prompt_tokens(sample.read_text("--prompt", text), enc,
-                                                              Ends(0, (0,), i % 5 == 0)), raw)
+        ends = Ends(0, (0,), i % 5 == 0)
+        accepted += one_sentence(
+            lambda: sample.prompt_tokens(sample.read_text("--prompt", text), enc, ends), raw)
     assert 200 < accepted < 1900
     one_sentence(lambda: sample.prompt_tokens(" " * 1_000_000 + "a", encs[1], Ends(0, (0,), False)),
                  "a million spaces")
@@ -200,7 +201,7 @@ def test_prompts_of_any_bytes(tmp_path):
 # -------------------------------------------------------------------------------------------- run checkpoints
 
 class Gadget:
-    """What pickles to a call."""
+    """An object whose pickle calls a function when it is loaded."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -212,11 +213,10 @@ class Gadget:
 def test_pickles_are_refused_wherever_they_hide(tmp_path):
     mark = tmp_path / "executed"
     gadgets = [Gadget(os.system, f"touch {mark}"), Gadget(eval, f"open({str(mark)!r}, 'w')"),
-               Gadget(exec, f"open({str(mark)!r}, 'w')"),
-               Gadget(Path.touch, mark), Gadget(open, str(mark), "w"), Gadget(torch.load, str(mark)),
-               Gadget(getattr, Path, "touch"),
-               Gadget(torch.hub.load, "x", "y"), Gadget(pickle.loads,
-                                                        pickle.dumps(Gadget(os.mkdir, str(mark))))]
+               Gadget(exec, f"open({str(mark)!r}, 'w')"), Gadget(Path.touch, mark),
+               Gadget(open, str(mark), "w"), Gadget(torch.load, str(mark)), Gadget(getattr, Path, "touch"),
+               Gadget(torch.hub.load, "x", "y"),
+               Gadget(pickle.loads, pickle.dumps(Gadget(os.mkdir, str(mark))))]
     path = tmp_path / "ckpt.pt"
     good = {"format": checkpoint.FORMAT, "model": {}, "config": {}, "train_config": {}, "encoding": "",
             "state": {}}
