@@ -337,7 +337,7 @@ def sync(file) -> None:
 
 
 def publish(staged: Path, out_dir: Path) -> None:
-    """Puts FILES in place of the old ones. A folder with a meta.json is whole: that goes first, comes last."""
+    """Puts FILES in place of the old ones, meta.json last: a folder that has it is whole."""
     for name in reversed(FILES):
         (out_dir / name).unlink(missing_ok=True)
     for name in FILES:

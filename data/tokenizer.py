@@ -281,8 +281,7 @@ def from_tiktoken_file(path: Path, pat_str=GPT2_PATTERN, special_tokens={}) -> t
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise ValueError(f"line {number} is not `base64 rank`") from None
-    need(sorted(ranks.values()) == list(range(len(ranks))),
-         f"a rank missing from, or twice in, 0...{len(ranks) - 1}")
+    need(sorted(ranks.values()) == list(range(len(ranks))), "a rank missing, or twice,")
     return build(path.name, pat_str, ranks, special_tokens)
 
 
@@ -333,8 +332,8 @@ def from_tokenizer_json(path: Path) -> tiktoken.Encoding:
 
 
 def needed_merges(ranks: dict) -> tuple[list, list]:
-    """The pairs that tiktoken joins to make a token, by rank, and the tokens that it only finds whole, since
-    the merges below their rank leave more than two parts of them. """
+    """The pairs that tiktoken joins, by the rank of what they make, and the tokens that it only finds as a
+    whole piece of text, since the merges below their rank leave more than two parts of them. """
     merges, whole = [], []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i:i + 1] for i in range(len(token))]
@@ -347,7 +346,7 @@ def needed_merges(ranks: dict) -> tuple[list, list]:
             merges.append(tuple(parts))
         elif len(parts) > 2:
             whole.append(token)
-            pairs = [(token[:i], token[i:]) for i in range(1, len(token))]     # in other places they may meet
+            pairs = [(token[:i], token[i:]) for i in range(1, len(token))]  # tiktoken joins them elsewhere
             merges += [(a, b) for a, b in pairs if a in ranks and b in ranks]
     return merges, whole
 
