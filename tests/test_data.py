@@ -375,19 +375,21 @@ def test_fineweb_stops_at_its_bytes(tmp_path, monkeypatch):
     assert next(rows)["text"] == "never read"
 
 
-@pytest.mark.parametrize("tqdm", [True, False])
-def test_progress_shows_on_a_terminal_only(monkeypatch, capsys, tqdm):
-    if tqdm:
-        pytest.importorskip("tqdm")
-    else:
-        monkeypatch.setitem(sys.modules, "tqdm", None)
-    for number in range(4):
-        monkeypatch.setattr(prep.time, "monotonic", iter(range(0, 1000, 4)).__next__)
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: number > 0)
-        monkeypatch.setenv("RANK", "1" if number == 1 else "0")
-        assert list(prep.progress(range(5), "reading x")) == [0, 1, 2, 3, 4]
-        shown = "reading x: 2 of 5\n" if number > 1 and not tqdm else ""
-        assert tqdm and number > 1 or capsys.readouterr().err == shown
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("terminal, rank, shown", [(False, 0, False), (True, 1, False), (True, 0, True)])
+def test_progress_shows_on_a_terminal_only(monkeypatch, capsys, installed, terminal, rank, shown):
+    def bar(items, what, leave, delay, disable):
+        print(what, end="" if disable else " in a bar")
+        return items
+
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=bar) if installed else None)
+    monkeypatch.setattr(prep.time, "monotonic", iter(range(0, 1000, 4)).__next__)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("RANK", str(rank))
+    assert list(prep.progress(range(5), "reading x")) == [0, 1, 2, 3, 4]
+    printed = capsys.readouterr()
+    assert printed.err == ("reading x: 2 of 5\n" if shown and not installed else "")
+    assert ("in a bar" in printed.out) == (shown and installed)
 
 
 # ---- all or nothing ----------------------------------------------------------------------------------------
