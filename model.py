@@ -713,7 +713,7 @@ class DeepSeekV3(nn.Module):
         stats = []
         for i in range(self.config.num_hidden_layers):
             layer_cache = None if cache is None else cache[i]
-            x, layer_stats = self.model.layers[i](x, cos, sin, mask, layer_cache, pos)
+            x, layer_stats = self.model.layers[i](x, cos, sin, mask, cache=layer_cache, pos=pos)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return self.model.norm(x), stats
