@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import MLP, Experts
+from model import MLP, Experts, compute_dtype
 
 try:
     import triton
@@ -532,11 +532,6 @@ def operation(function):
     return torch.library.custom_op(f"fp8::{function.__name__}", without_autocast, mutates_args=())
 
 
-def output_dtype(x):
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 @operation
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None, pow2_x: bool, pow2: bool,
            dtype: torch.dtype) -> list[Tensor]:
@@ -601,7 +596,7 @@ def scatter_rows(x, place, rows):
 
 @operation
 def mlp(x: Tensor, weights: list[Tensor], scales: list[Tensor], place: Tensor | None, rows: int,
-           ends: Tensor | None, pow2: bool, dtype: torch.dtype) -> list[Tensor]:
+        ends: Tensor | None, pow2: bool, dtype: torch.dtype) -> list[Tensor]:
     """y = W_down (silu(W_gate x) * W_up x), for one MLP or, with ends, for each expert's rows with its own
     weights.
 
@@ -682,7 +677,7 @@ class FP8Linear(nn.Linear):
 
     def forward(self, x):
         """x: (..., in_features) bf16 or fp32; returns (..., out_features) in autocast's dtype or x's."""
-        shape, x, options = x.shape[:-1], x.flatten(0, -2), (self.pow2_x, self.pow2, output_dtype(x))
+        shape, x, options = x.shape[:-1], x.flatten(0, -2), (self.pow2_x, self.pow2, compute_dtype(x))
         if self.weight.dtype == E4M3:       # see hold_in_fp8
             y = linear(x, self.weight, self.weight_scale_inv, *options)[0]
         else:
@@ -692,7 +687,7 @@ class FP8Linear(nn.Linear):
 
 
 def apply_mlp(x, weights, scales, place, rows, ends, pow2):
-    options = place, rows, ends, pow2, output_dtype(x)
+    options = place, rows, ends, pow2, compute_dtype(x)
     if weights[0].dtype == E4M3:            # see hold_in_fp8
         return mlp(x, weights, scales, *options)[0]
     return SwiGLU.apply(x, *weights, *options)
