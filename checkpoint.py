@@ -284,7 +284,6 @@ OTHER_MODELS = {"deepseek_v2": "its router uses a softmax", "deepseek_v32": "its
                 "deepseek_v4": "its attention is not MLA"}
 TOKEN_IDS = "bos_token_id", "eos_token_id", "pad_token_id"
 INDEX = "model.safetensors.index.json"
-WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 # What says where texts begin and end, and how chats are written: an export keeps these files
 SIDE_FILES = re.compile(r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map"
                         r"|added_tokens)\.json|tiktoken\.model|tokenization_\w+\.py"
@@ -319,9 +318,8 @@ def one_line(e):
 def read_config(dir):
     """The DeepSeekV3Config of a folder's config.json, in the release's form or that of transformers 5.
 
-    Keys that don't concern the model are ignored. ValueError for what this code can't honour, such as another
-    scoring function: it would silently load as a different model. Absent keys have the model type's defaults,
-    except num_nextn_predict_layers, which is 0.
+    Keys that don't concern the model are ignored; what can't be honoured, such as another scoring function,
+    is a ValueError. Absent keys have the model type's defaults, but there is no MTP unless it says so.
     """
     path = Path(dir) / "config.json"
     if not path.is_file():
@@ -402,11 +400,10 @@ def find_tensors(dir):
     stored = {}
     for file in files:
         path = dir / file
-        if file != path.name or not file.endswith(".safetensors") or not file.isprintable():
-            raise ValueError(f"{index} names {file!r}, which is no safetensors file of its own folder")
-        if not path.is_file():
-            raise ValueError(f"{dir} has no {file}; complete the download (weights are read from "
-                             "safetensors, never from pickles)")
+        is_safe = file == path.name and file.endswith(".safetensors") and file.isprintable()
+        if not is_safe or not path.is_file():
+            raise ValueError(f"{dir} has no safetensors file {file!r}; complete the download (no other "
+                             "format and no other folder is read)")
         with open_safetensors(path) as f:
             for name in f.keys():
                 view = f.get_slice(name)
@@ -593,12 +590,12 @@ def split(tensors, copies, fp8, shard_bytes):
     shard, size = {}, 0
     for name, t in tensors:
         if fp8 and is_quantized(name):
-            from fp8 import quantize_reference      # imports Triton, which is slow
+            from fp8 import quantize_reference
             q, scale = quantize_reference(t, 128)
             part = {name: q.contiguous(), name + "_scale_inv": scale}
-        else:
-            t = t.to(torch.bfloat16) if fp8 and "e_score" not in name else t
-            # safetensors refuses two tensors in the same memory
+        elif fp8 and "e_score" not in name:
+            part = {name: t.to(torch.bfloat16, copy=True)}
+        else:       # safetensors refuses two tensors in the same memory
             part = {name: t.clone() if name in copies else t.contiguous()}
         more = sum(t.nbytes for t in part.values())
         if shard and size + more > shard_bytes:
@@ -652,10 +649,10 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
 def old_files(dir, texts):
     """What a new checkpoint replaces: the index, the shards that it lists or that are named like shards (some
     readers take all of a folder), and generation_config.json, whose token ids override config.json's."""
-    index = dir / INDEX
+    index, shards = dir / INDEX, re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
     listed = index.read_text(errors="replace") if index.is_file() else ""
     return [path for path in dir.iterdir() if path.is_file() and (
-        WEIGHT_FILES.fullmatch(path.name) or path.suffix == ".safetensors" and f'"{path.name}"' in listed
+        shards.fullmatch(path.name) or path.suffix == ".safetensors" and f'"{path.name}"' in listed
         or path.name == "generation_config.json" and "tokenizer.json" in texts)]
 
 
