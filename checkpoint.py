@@ -334,6 +334,8 @@ def read_config(dir):
         check_fixed(read_object(raw, "quantization_config"), FP8_FORMAT)
         raw = {**SAME_MODEL[kind], **raw, **read_rope(raw)}
         raw["num_nextn_predict_layers"] = raw.get("num_nextn_predict_layers") or 0
+        if "n_shared_experts" in raw and raw["n_shared_experts"] is None:
+            raw["n_shared_experts"] = 0
         if (kinds := raw.get("mlp_layer_types")) is not None:       # in place of first_k_dense_replace
             dense = kinds.count("dense") if isinstance(kinds, list) else 0
             if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
@@ -348,7 +350,8 @@ def read_config(dir):
 
 def check_fixed(section, fixed):
     for key in fixed.keys() & section.keys():
-        if section[key] is not None and section[key] != fixed[key]:
+        # null is the same as absent, except for rope_interleave, where transformers takes null for false
+        if section[key] != fixed[key] and (section[key] is not None or key == "rope_interleave"):
             raise ValueError(f"{key}={repr(section[key])[:100]} is not supported, only {fixed[key]!r} is")
 
 
@@ -633,6 +636,9 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
         for i, file in enumerate(files):
             os.rename(new / f"{i}.safetensors", new / file)
             shutil.copymode(new / "config.json", new / file)        # else only the owner may read it
+        for path in new.iterdir():
+            with open(path, "rb+") as f:
+                os.fsync(f.fileno())        # not even a power cut costs the earlier checkpoint
     except (safetensors.SafetensorError, OSError) as e:     # a full disk, a folder that can't be written
         raise OSError(f"{dir} can't be written ({one_line(e)}); an earlier checkpoint in it is intact: make "
                       "room, or save to another folder") from None

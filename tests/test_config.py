@@ -66,6 +66,7 @@ def test_transformers_5_form_reads_the_same(tmp_path):
     ({"attention_bias": True}, "attention_bias=True"),
     ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
     ({"rope_interleave": False}, "rope_interleave=False"),
+    ({"rope_interleave": None}, "rope_interleave=None"),        # false for transformers
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ({"rope_scaling": None, "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
     ({"rope_scaling": None, "rope_parameters": {"type": "linear", "factor": 2}}, "'linear'"),
@@ -160,6 +161,7 @@ GLM_FLASH = {"model_type": "glm4_moe_lite", "n_group": 1, "topk_group": 1, "part
      dict(first_k_dense_replace=2)),        # with the kind of the MTP layer
     ({"mlp_layer_types": None, "num_nextn_predict_layers": None},
      dict(first_k_dense_replace=3, num_nextn_predict_layers=0)),
+    ({"n_shared_experts": None}, dict(n_shared_experts=0)),
     ({"index_topk": None, "sliding_window": None}, {}),
 ])
 def test_models_of_the_family_are_read(tmp_path, changes, fields):
