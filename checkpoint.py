@@ -10,10 +10,8 @@ num_hidden_layers and up, repeat embedding and head; and `weight` may be FP8 wit
 each 128x128 block, which multiplies. Use it as DeepSeekV3.from_pretrained and save_pretrained.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import json
 import os
@@ -41,22 +39,6 @@ except ImportError:     # not a Unix: there, nothing keeps a second process out 
 
 # ----------------------------------------------------------------------------------------------------------
 # What the scripts share
-
-class Parser(argparse.ArgumentParser):
-    """The flags of a script. A mistake gets one line, with the closest flag, in place of the whole usage."""
-
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
-
-    def error(self, message):
-        flags, words = list(self._option_string_actions), message.split()
-        given = [word.split("=")[0].rstrip(":,") for word in words if word.startswith("-")]
-        close = [flag for word in given if word not in flags
-                 for flag in difflib.get_close_matches(word, flags, 1)]
-        hint = f"did you mean {', '.join(close)}?" if close else "--help lists the flags"
-        self.exit(2, f"{self.prog}: {' '.join(words)[:300]}; {hint}\n")
-
 
 def pick_device(name="auto"):
     """--device -> torch.device; under torchrun, each of a machine's processes has a GPU of its own."""
@@ -88,6 +70,9 @@ def has_bf16(device):
 # Runs
 
 FORMAT = 2      # of ckpt.pt
+CONTENTS = {"config": dict, "train_config": dict, "state": dict, "model": dict, "optimizers": list,
+            "rng_state": torch.Tensor, "meta": dict, "encoding": str, "source_files": dict, "replaced": list,
+            "sequences_per_step": int}
 
 
 @contextlib.contextmanager
@@ -204,7 +189,9 @@ def load_run(path):
 def read_run(path):
     """load_run of a file. OSError if it is damaged, ValueError if it is no checkpoint of this train.py."""
     if not path.exists():
-        raise OSError(f"there is no checkpoint {path}; train without --resume first")
+        best = path.with_name("best.pt")
+        cure = f"copy {best} to it" if best.exists() else "train without --resume first"
+        raise OSError(f"there is no checkpoint {path}; {cure}")
     try:
         check_zip(path)
         # under torchrun the ranks of a machine share one mapping of the file, and read only what they use
@@ -213,10 +200,21 @@ def read_run(path):
         reason = " ".join(str(e).split())[:100] or type(e).__name__
         raise OSError(f"{path} is damaged or not a checkpoint ({reason}); restore it from a copy, or start "
                       "a new run in another --out_dir") from None
-    if not isinstance(run, dict) or run.get("format") != FORMAT:
+    if not isinstance(run, dict) or run.get("format") != FORMAT or any(
+            not isinstance(run.get(key), kind) for key, kind in CONTENTS.items()):
         raise ValueError(f"{path} is not a checkpoint of this version of train.py; start a new run in "
                          "another --out_dir")
     return run | {"path": str(path)}
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """One sentence for a checkpoint whose contents this code can't use, as other code wrote them."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"{path} doesn't fit this version of model.py and train.py ({one_line(e)}); use the "
+                         "files that it was trained with, or start a new run in another --out_dir") from None
 
 
 def whole(state):
@@ -677,6 +675,7 @@ def config_and_side_files(model, encoding, fp8, ends):
     was loaded with, unless encoding is another tokenizer."""
     texts = {name: text for name, text in model.source_files.items()        # anything, from a hostile ckpt.pt
              if SIDE_FILES.fullmatch(str(name)) and isinstance(text, str)}
+    ends = ends or getattr(model, "ends", None)     # sample.load sets it to those of a run's data
     if encoding is None or is_tokenizer_of(texts, encoding):
         source = json.loads(texts.pop("config.json", "{}"))
         ids = {key: source[key] for key in TOKEN_IDS if key in source}

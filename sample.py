@@ -23,6 +23,11 @@ Rejected drafts stay in the caches until they are overwritten. Without MTP modul
 Shapes      B batch, T tokens of the prompt, t tokens of a part, D hidden size, V vocabulary
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports needs no traceback
+
 import argparse
 import codecs
 import os
@@ -35,7 +40,8 @@ from typing import NamedTuple
 import tiktoken
 import torch
 
-from checkpoint import Parser, has_bf16, load_run, pick_device, released_folder, replaced_classes
+from checkpoint import fitting, has_bf16, load_run, pick_device, released_folder, replaced_classes
+from data.prepare import Parser
 from data.tokenizer import (Ends, encode, encoding_from_json, ends_of_data, fim_ids, get_tokenizer, read_ends,
                             read_json, token_bytes)
 from model import PREFILL_CHUNK, DeepSeekV3, DeepSeekV3Config, draw, rope_cos_sin, sampling_probs
@@ -179,17 +185,19 @@ def load(path, device, dtype=None, ema=False):
     if ema and "ema" not in ckpt:
         raise ValueError(f"--ema: {path} holds no average of its weights; train with --ema_decay, or leave "
                          "the flag out")
-    with torch.device("meta"):
+    with fitting(ckpt["path"]), torch.device("meta"):
         model = DeepSeekV3(DeepSeekV3Config(**ckpt["config"]))
     if ckpt["replaced"] != replaced_classes(model):
-        raise ValueError(f"{ckpt['path']} was trained with {', '.join(ckpt['replaced']) or 'nothing'} in place "
-                         "of model.py's own; replace the same before you load it")
-    model.load_state_dict(ckpt["ema" if ema else "model"], assign=True)
-    model.source_files = ckpt["source_files"]
+        replaced = ", ".join(map(str, ckpt["replaced"])) or "nothing"
+        raise ValueError(f"{ckpt['path']} was trained with {replaced} in place of model.py's own; replace the "
+                         "same before you load it")
+    with fitting(ckpt["path"]):
+        model.load_state_dict(ckpt["ema" if ema else "model"], assign=True)
+    encoding, model.source_files = encoding_from_json(ckpt["encoding"]), ckpt["source_files"]
+    model.ends = ends_of_data(ckpt["meta"])
     bf16 = device.type == "cuda" and has_bf16(device)
     model.to(device, dtype or (torch.bfloat16 if bf16 else torch.float32))
-    encoding = encoding_from_json(ckpt["encoding"])
-    return Loaded(model.eval(), encoding, ends_of_data(ckpt["meta"]), model.config.max_position_embeddings)
+    return Loaded(model.eval(), encoding, model.ends, model.config.max_position_embeddings)
 
 
 def read_run(path):
@@ -197,7 +205,7 @@ def read_run(path):
     if not path.exists():
         raise ValueError(f"--ckpt {path} does not exist; train a model first with: "
                          f"python train.py --out_dir {path}")
-    if path.is_dir() and not any(path.glob("ckpt*")):
+    if path.is_dir() and not any([*path.glob("ckpt*"), *path.glob("best.pt")]):
         if (path / "lock").exists():
             raise ValueError(f"the run in {path} has no checkpoint yet; it saves one at its first evaluation")
         raise ValueError(f"--ckpt {path} holds neither a run's ckpt.pt nor a released model's config.json")
@@ -396,4 +404,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

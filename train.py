@@ -35,10 +35,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (FORMAT, Parser, has_bf16, keep_best, load_optimizer, load_run, load_weights,
+from checkpoint import (FORMAT, fitting, has_bf16, keep_best, load_optimizer, load_run, load_weights,
                         pick_device, read_config, released_folder, replaced_classes, save_run, sole_process,
                         whole, write_atomically, writing)
 from data.loader import Validation, open_data
+from data.prepare import Parser
 from data.tokenizer import encoding_from_json, ends_of_data, get_tokenizer, same_ids, token_bytes
 from model import MTP, DeepSeekV3, DeepSeekV3Config, Gate
 from optim import averaged_model, batch_sizes, make_optimizers, schedule
@@ -115,9 +116,15 @@ def int_or_none(text):
     return None if text.lower() == "none" else int(text)
 
 
+def json_object(text):
+    if not isinstance(value := json.loads(text), dict):
+        raise ValueError
+    return value
+
+
 def parse_args(argv):
     """-> dict of the flags that were given, without defaults."""
-    kinds = {"q_lora_rank": int_or_none, "rope_scaling": json.loads}
+    kinds = {"q_lora_rank": int_or_none, "rope_scaling": json_object}
     parser = Parser(__doc__)
     group = parser.add_argument_group("the model's config (defaults: the preset's)")
     for cls, where in (TrainConfig, parser), (DeepSeekV3Config, group):
@@ -139,12 +146,13 @@ def settings(given):
     earlier = [out_dir / name for name in ("ckpt.pt", "ckpt.prev.pt", "best.pt") if (out_dir / name).exists()]
     if given.get("resume"):
         ckpt = load_run(out_dir)
-        saved = ckpt["config"] | ckpt["train_config"]
+        with fitting(ckpt["path"]):
+            saved = ckpt["config"] | ckpt["train_config"]
+            cfg, config = TrainConfig(**ckpt["train_config"] | flags), DeepSeekV3Config(**ckpt["config"])
         for key, value in given.items():
             if (key in model_flags or key in FIXED_ON_RESUME) and value != saved.get(key):
                 raise ValueError(f"--{key} {value} contradicts {ckpt['path']}, trained with {key}="
                                  f"{saved.get(key)}; leave it out, or start a new run in another --out_dir")
-        cfg, config = TrainConfig(**ckpt["train_config"] | flags), DeepSeekV3Config(**ckpt["config"])
     elif earlier:
         raise ValueError(f"{earlier[0]} holds an earlier run; continue it with --resume, or start a new one "
                          "in another --out_dir")
@@ -191,6 +199,7 @@ def check(cfg, config, ckpt):
          f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16"),
         (not 0 < cfg.learning_rate < math.inf,
          f"--learning_rate must be a finite number over 0, got {cfg.learning_rate}"),
+        (not 0 <= cfg.seed < 2**63, f"--seed must be from 0 to 2^63 - 1, got {cfg.seed}"),
         (not 0 <= cfg.ema_decay < 1,
          f"--ema_decay must be at least 0 and less than 1, got {cfg.ema_decay}"),
         (cfg.batch_ramp and cfg.batch_size < 5,
@@ -222,7 +231,8 @@ def read_source(path):
     """--init_from -> the model's config and, where it is a run and not a released model, its checkpoint."""
     if path.is_file() or any((path / file).exists() for file in ("ckpt.pt", "ckpt.prev.pt")):
         ckpt = load_run(path)
-        return DeepSeekV3Config(**ckpt["config"]), ckpt
+        with fitting(ckpt["path"]):
+            return DeepSeekV3Config(**ckpt["config"]), ckpt
     return read_config(path), None
 
 
@@ -267,7 +277,8 @@ def build_model(cfg, config, device, dtype, ckpt):
         weights, model = model.state_dict(), sharded_model(configs[0], device, dtype)
         load_weights(model, ckpt["model"] if ckpt else weights)
     elif ckpt:
-        load_weights(model, ckpt["model"])
+        with fitting(ckpt["path"]):
+            load_weights(model, ckpt["model"])
     model.source_files = source_files
     if cfg.fp8:
         from fp8 import convert_to_fp8      # imports Triton, if it is there
@@ -538,13 +549,14 @@ def train(given, on_log):
     ema = averaged_model(raw_model, cfg.ema_decay) if cfg.ema_decay else None
     state = {"step": 0, "samples": 0, "skipped": 0, "averaged": 0, "best": {"val_loss": math.inf, "iter": 0}}
     if cfg.resume:
-        state = ckpt["state"]
-        for optimizer, saved in zip(optimizers, ckpt["optimizers"], strict=True):
-            load_optimizer(optimizer, saved)
-        if ema and "ema" in ckpt:
-            load_weights(ema.module, ckpt["ema"])
-            ema.n_averaged.fill_(state["averaged"])
-        torch.set_rng_state(ckpt["rng_state"])
+        with fitting(ckpt["path"]):
+            state = ckpt["state"]
+            for optimizer, saved in zip(optimizers, ckpt["optimizers"], strict=True):
+                load_optimizer(optimizer, saved)
+            if ema and "ema" in ckpt:
+                load_weights(ema.module, ckpt["ema"])
+                ema.n_averaged.fill_(state["averaged"])
+            torch.set_rng_state(ckpt["rng_state"])
     ckpt, model = None, raw_model       # frees the checkpoint's tensors
     if cfg.compile or cfg.compile is None and device.type == "cuda" and not cfg.fsdp:
         model = torch.compile(model)

@@ -98,8 +98,9 @@ def open_data(cfg, config, vocab_size_given, rank=0):
     if not vocab_size_given:
         config.vocab_size = -(-meta["vocab_size"] // 64) * 64       # a multiple of 64: tensor cores like it
     elif (highest := meta.get("max_token", meta["vocab_size"] - 1)) >= config.vocab_size:
-        raise ValueError(f"the data in {data_dir} hold token {highest}, which doesn't fit --vocab_size "
-                         f"{config.vocab_size}; raise it, or leave the flag out")
+        raise ValueError(f"the data in {data_dir} hold token {highest}, outside the model's vocabulary of "
+                         f"{config.vocab_size}; a new model needs a larger --vocab_size, a trained one data "
+                         "without this token")
     return meta, encoding, Tokens(data_dir / "train.bin", meta, cfg.block_size, config.vocab_size, cfg.seed)
 
 

@@ -23,8 +23,14 @@ cut at two random characters and reordered, so that a model learns to fill a hol
     separator, <｜fim▁begin｜>, prefix, <｜fim▁hole｜>, suffix, <｜fim▁end｜>, middle, separator, ...
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports needs no traceback
+
 import argparse
 import contextlib
+import difflib
 import fnmatch
 import http.client
 import json
@@ -345,12 +351,27 @@ def publish(staged: Path, out_dir: Path) -> None:
             os.replace(staged / name, out_dir / name)
 
 
+class Parser(argparse.ArgumentParser):
+    """The flags of a script. A mistake gets one line, with the closest flag, in place of the whole usage."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+
+    def error(self, message):
+        flags, words = list(self._option_string_actions), message.split()
+        given = [word.split("=")[0].rstrip(":,") for word in words if word.startswith("-")]
+        close = [flag for word in given if word not in flags
+                 for flag in difflib.get_close_matches(word, flags, 1)]
+        hint = f"did you mean {', '.join(close)}?" if close else "--help lists the flags"
+        self.exit(2, f"{self.prog}: {' '.join(words)[:300]}; {hint}\n")
+
+
 def main() -> None:
     for stream in (sys.stdout, sys.stderr):     # no character of a file's name costs the run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--source", choices=SOURCES, default="stdlib",
                       help="fineweb (FineWeb-Edu, 1 GB) needs pip install datasets")
@@ -365,9 +386,16 @@ def main() -> None:
     out_dir = args.out_dir or Path(__file__).parent / name
     try:
         prepare(out_dir, args.source, args.input, args.tokenizer, args.fim_rate)
+        print(end="", flush=True)
+    except BrokenPipeError:     # as in `python data/prepare.py | head`; nothing is left to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"prepare.py: {error}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

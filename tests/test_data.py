@@ -516,7 +516,7 @@ def test_what_counts_is_the_ids_that_the_data_hold(tmp_path):
                    tokenizer=tmp_path)
     assert (meta["vocab_size"], meta["max_token"]) == (260, 258)
     open_data(config(tmp_path / "out"), config("", vocab_size=259), True)
-    with pytest.raises(ValueError, match="hold token 258, which doesn't fit --vocab_size 258"):
+    with pytest.raises(ValueError, match="hold token 258, outside the model's vocabulary of 258"):
         open_data(config(tmp_path / "out"), config("", vocab_size=258), True)
     del meta["max_token"]       # data of other making: any id may be in them
     save(tmp_path / "out/meta.json", meta)
@@ -930,3 +930,15 @@ def test_command_line_refuses_in_a_sentence(tmp_path, arguments, words):
     bad = command(*arguments, "--out_dir", "out", cwd=tmp_path)
     assert bad.returncode in (1, 2) and words in bad.stderr and "Traceback" not in bad.stderr
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_mistyped_flag_and_a_closed_pipe_are_told_in_a_line(tmp_path):
+    def started(*flags):
+        return subprocess.Popen([sys.executable, prepare_py, *map(str, flags)], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True)
+    prepare_py = Path(__file__).parent.parent / "data" / "prepare.py"
+    said = started("--inptu", "x").communicate()[1]
+    assert said == "prepare.py: unrecognized arguments: --inptu x; did you mean --input?\n"
+    process = started("--input", prepare_py, "--out_dir", tmp_path / "data")
+    process.stdout.close()
+    assert process.wait(60) == 141 and process.stderr.read() == "" and (tmp_path / "data/meta.json").exists()

@@ -94,6 +94,51 @@ def test_a_checkpoint_of_another_format_is_refused(copy):
     assert "sharded checkpoint of an older train.py" in refused("--ckpt", copy, main=sample.main)
 
 
+@pytest.mark.parametrize("key, value", [
+    ("config", None), ("config", []), ("config", {"hidden_size": "x"}), ("config", {"no_such_field": 1}),
+    ("model", {}), ("model", 3), ("model", "other shapes"), ("replaced", 5), ("encoding", None),
+    ("meta", None), ("source_files", None)])
+def test_a_checkpoint_of_absurd_contents_is_refused(copy, key, value):
+    run = checkpoint.load_run(copy / "ckpt.pt")
+    if value == "other shapes":
+        value = {name: t.flatten() for name, t in run["model"].items()}
+    torch.save({**run, key: value}, copy / "ckpt.pt")
+    for flags in ["--resume", "--out_dir", copy], ["--init_from", copy, "--out_dir", copy / "new"]:
+        assert "this version of" in (said := refused(*flags)) or "of this model.py" in said
+    assert "this version of" in refused("--ckpt", copy, main=sample.main)
+
+
+def test_resuming_without_optimizers_of_this_model_is_refused(copy):
+    run = checkpoint.load_run(copy / "ckpt.pt")
+    for key, value in ("optimizers", [{"state": 1}] * 2), ("rng_state", torch.zeros(3)):
+        torch.save({**run, key: value}, copy / "ckpt.pt")
+        assert "this version of" in refused("--resume", "--out_dir", copy)
+
+
+def test_an_export_says_where_the_texts_of_a_run_begin_and_end(copy, tmp_path):
+    run = checkpoint.load_run(copy / "ckpt.pt")
+    torch.save({**run, "meta": {**run["meta"], "bos": 65, "eos": [256, 66], "add_bos": True}}, copy / "ckpt.pt")
+    loaded = sample.load(copy, "cpu")
+    loaded.model.save_pretrained(tmp_path / "export", loaded.encoding)
+    assert sample.load(tmp_path / "export", "cpu").ends == loaded.ends == (65, (256, 66), True)
+
+
+def test_best_alone_says_how_to_continue_from_it(copy):
+    (copy / "ckpt.pt").unlink(), (copy / "ckpt.prev.pt").unlink()
+    assert "copy" in refused("--resume", "--out_dir", copy)
+    assert "copy" in refused("--ckpt", copy, main=sample.main)
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "data/prepare.py"])
+def test_ctrl_c_during_the_imports_shows_no_traceback(script, tmp_path):
+    flags = ["--ckpt", "x"] if script == "sample.py" else ["--out_dir", tmp_path / "out"]
+    for seconds in 0.1, 0.3:
+        process = subprocess.Popen([sys.executable, ROOT / script, *flags], stderr=subprocess.PIPE)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        assert b"Traceback" not in process.communicate(timeout=300)[1]
+
+
 @pytest.mark.parametrize("damage", [flip, lambda p: p.write_bytes(p.read_bytes()[:-1]),
                                     lambda p: p.write_bytes(b""),
                                     lambda p: p.unlink()], ids=["flip", "cut", "empty", "missing"])

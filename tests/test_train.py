@@ -428,7 +428,7 @@ def test_samples_leave_the_run_as_it_is(data_dir, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     (["--preset", "huge"], "unknown preset 'huge'"),
     (["--hidden_sise", "3"], "--hidden_sise"),
-    (["--vocab_size", "100"], "hold token 256, which doesn't fit --vocab_size 100"),
+    (["--vocab_size", "100"], "hold token 256, outside the model's vocabulary of 100; a new model"),
     (["--max_position_embeddings", "16"], "YaRN"),
     (["--n_routed_experts", "5"], "not divisible"),
     (["--num_experts_per_tok", "5"], "more than the 4 experts"),
@@ -446,6 +446,9 @@ def test_samples_leave_the_run_as_it_is(data_dir, tmp_path, monkeypatch):
     (["--block_size", "100000", "--max_position_embeddings", "200000"], "too few"),
     (["--resume"], "no checkpoint"),
     (["--rope_scaling", "{"], "--rope_scaling"),
+    (["--rope_scaling", "[]"], "--rope_scaling"),
+    (["--seed", "-1"], "--seed must be from 0"),
+    (["--seed", str(2**64)], "--seed must be from 0"),
 ])
 def test_bad_flags_end_in_one_sentence(data_dir, tmp_path, flags, words, capsys):
     with pytest.raises(SystemExit) as e:
