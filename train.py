@@ -94,7 +94,8 @@ RECIPES = {
     "small": dict(learning_rate=6e-4, max_iters=20000, batch_size=32, block_size=1024, eval_interval=1000),
     "large": dict(learning_rate=4e-4, max_iters=20000, batch_size=4, block_size=2048,
                   gradient_accumulation_steps=32, eval_interval=1000),
-    "16b": dict(learning_rate=4.2e-4, max_iters=100000, batch_size=8, block_size=4096, eval_interval=1000),
+    "16b": dict(learning_rate=4.2e-4, max_iters=100000, batch_size=1, block_size=4096,
+                gradient_accumulation_steps=8, eval_interval=1000),
     "671b": dict(learning_rate=2.2e-4, max_iters=235000, batch_size=8, block_size=4096, eval_interval=1000),
 }
 FINETUNE = dict(max_iters=200, batch_size=4, eval_interval=100)

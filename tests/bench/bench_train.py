@@ -4,9 +4,9 @@ weights, and how its time grows with the work.
 
     python tests/bench/bench_train.py             # beside transformers, if installed; losses compared
     python tests/bench/bench_train.py --table     # step time against experts, sequence, depth and batch
-    python tests/bench/bench_train.py --presets   # on a GPU: small and four layers of 16b, bf16 and fp8,
-                                                  # compiled and not; without one: FLOPs, bytes and the
-                                                  # roofline of an H100's data sheet
+    python tests/bench/bench_train.py --presets   # on a GPU: mini, small, large, four layers of 16b,
+                                                  # in bf16 and fp8, compiled and not; without one:
+                                                  # FLOPs, bytes and the roofline of an H100
 
 Medians of repeated steps. The contestants take turns, so that a noisy machine disturbs all of them alike.
 """
@@ -31,7 +31,9 @@ from train import keep_freed_memory, peak_flops  # noqa: E402
 BATCH, T, REPEATS = 8, 256, 9
 FOUR_LAYERS = dataclasses.replace(DeepSeekV3Config.preset("16b"), num_hidden_layers=4,
                                   num_nextn_predict_layers=0, vocab_size=32768)
-PRESETS = {"small, 16 x 1024 tokens": (DeepSeekV3Config.preset("small"), 16, 1024),
+PRESETS = {"mini, 64 x 512 tokens": (DeepSeekV3Config.preset("mini"), 64, 512),
+           "small, 16 x 1024 tokens": (DeepSeekV3Config.preset("small"), 16, 1024),
+           "large, 4 x 2048 tokens": (DeepSeekV3Config.preset("large"), 4, 2048),
            "four layers of 16b, 2 x 4096 tokens": (FOUR_LAYERS, 2, 4096)}       # config, batch, length
 
 
