@@ -652,12 +652,12 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
 
 def old_files(dir, texts):
     """What a new checkpoint replaces: the index, the shards that it lists or that are named like shards (some
-    readers take all of a folder), and generation_config.json, whose token ids override config.json's."""
+    readers take all of a folder), and what another tokenizer left, if the new one has its own files."""
     index, shards = dir / INDEX, re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
     listed = index.read_text(errors="replace") if index.is_file() else ""
     return [path for path in dir.iterdir() if path.is_file() and (
         shards.fullmatch(path.name) or path.suffix == ".safetensors" and f'"{path.name}"' in listed
-        or path.name == "generation_config.json" and "tokenizer.json" in texts)]
+        or SIDE_FILES.fullmatch(path.name) and texts.keys() & {"tokenizer.json", "tiktoken.model"})]
 
 
 def check_plain(model):
