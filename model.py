@@ -477,11 +477,49 @@ def grouped_linear(x, weight, ends):
     return torch.cat([*y, rest.new_zeros(rest.size(0), weight.size(1))])
 
 
+class ToRows(torch.autograd.Function):
+    """x (N, D) -> x[token] (rows, D), token: (rows,). The gradient is gathered by place (N*K,), the row of each
+    slot: that of x[token] itself would add with atomics on a GPU.
+
+    Copy along: nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, x, token, place):
+        ctx.save_for_backward(place)
+        ctx.N = x.size(0)
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx, dy):
+        place, = ctx.saved_tensors
+        return dy.index_select(0, place).unflatten(0, (ctx.N, -1)).sum(1), None, None
+
+
+class FromRows(torch.autograd.Function):
+    """y (rows, D) -> y[place] (N*K, D). Rows without a slot get a gradient of zero.
+
+    Copy along: nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, y, place):
+        ctx.save_for_backward(place)
+        ctx.rows = y.size(0)
+        return y.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx, dy):
+        place, = ctx.saved_tensors
+        new = dy.new_empty if ctx.rows == place.size(0) else dy.new_zeros
+        return new(ctx.rows, dy.size(1)).index_copy_(0, place, dy), None
+
+
 class Experts(nn.Module):
     """The routed experts, stacked, each a SwiGLU MLP: a token visits all its K experts, none is dropped.
 
     The rows of an expert lie side by side, so that a layer of all experts is one grouped matrix product.
-    Copy along: compute_dtype, untraced_grouped_mm, grouped_linear.
+    Copy along: compute_dtype, untraced_grouped_mm, grouped_linear, ToRows, FromRows.
     """
 
     def __init__(self, config):
@@ -531,17 +569,15 @@ class Experts(nn.Module):
         shift = (ends - size) - (load.cumsum(0) - load)                         # (E,): padding before it
         row = torch.arange(slots.size(0), device=x.device) + shift[slots[order]]
         place = torch.empty_like(order).index_copy_(0, order, row)              # (N*K,): row of each slot
-        slot = order.new_full((rows,), slots.size(0)).index_copy_(0, row, order)        # (rows,): its slot
         y = self.swiglu(x, place, rows, None if equal else ends.to(torch.int32))            # (rows, D)
-        # index_copy_, since its gradient is a gather, where that of y[place] adds with atomics. Padding goes
-        # to a last row, which is cut off
-        return y.new_empty(slots.size(0) + 1, y.size(1)).index_copy_(0, slot, y)[:-1]
+        return FromRows.apply(y, place)
 
     def swiglu(self, x, place, rows, ends):
         """Each expert's MLP on its rows. x: (N, D); place: (N*K,), the row of each slot; ends: (E,) int32,
         the end of each expert's rows; None: all have rows/E. Returns (rows, D), undefined without a slot."""
-        x = x.to(compute_dtype(x)).repeat_interleave(place.size(0) // x.size(0), 0)  # (N*K, D), by slot
-        x = x.new_zeros(rows, x.size(1)).index_copy_(0, place, x)               # (rows, D), by expert
+        N, slots = x.size(0), torch.arange(place.size(0), device=x.device)
+        token = place.new_zeros(rows).index_copy_(0, place, slots * N // place.size(0))     # 0 in padding
+        x = ToRows.apply(x.to(compute_dtype(x)), token, place)                  # (rows, D), by expert
         g, u = grouped_linear(x, self.gate_proj, ends), grouped_linear(x, self.up_proj, ends)
         h = F.silu(g) * u                                                       # (rows, I)
         return grouped_linear(h, self.down_proj, ends)
