@@ -478,8 +478,8 @@ def grouped_linear(x, weight, ends):
 
 
 class ToRows(torch.autograd.Function):
-    """x (N, D) -> x[token] (rows, D), token: (rows,). The gradient is gathered by place (N*K,), the row of each
-    slot: that of x[token] itself would add with atomics on a GPU.
+    """x (N, D) -> x[token] (rows, D), token: (rows,). The gradient is gathered by place (N*K,), the row of
+    each slot: that of x[token] itself would add with atomics on a GPU.
 
     Copy along: nothing.
     """

@@ -189,8 +189,8 @@ def load(path, device, dtype=None, ema=False):
         model = DeepSeekV3(DeepSeekV3Config(**ckpt["config"]))
     if ckpt["replaced"] != replaced_classes(model):
         replaced = ", ".join(map(str, ckpt["replaced"])) or "nothing"
-        raise ValueError(f"{ckpt['path']} was trained with {replaced} in place of model.py's own; replace the "
-                         "same before you load it")
+        raise ValueError(f"{ckpt['path']} was trained with {replaced} in place of model.py's own; replace "
+                         "the same before you load it")
     with fitting(ckpt["path"]):
         model.load_state_dict(ckpt["ema" if ema else "model"], assign=True)
     encoding, model.source_files = encoding_from_json(ckpt["encoding"]), ckpt["source_files"]

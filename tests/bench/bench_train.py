@@ -104,8 +104,8 @@ def beside_transformers():
     seconds, losses = interleaved(trainers, random_batch(config.vocab_size, BATCH, T))
     print(f"{model.num_params() / 1e6:.1f}M parameters, {BATCH} x {T} tokens, {torch.get_num_threads()} "
           "threads; bf16: autocast\n")
-    print(f"| | ms per step | tokens/s | loss against ours in fp32, largest gap of {4 * REPEATS + 4} steps |\n"
-          "|---|---|---|---|")
+    print("| | ms per step | tokens/s | loss against ours in fp32, largest gap of "
+          f"{4 * REPEATS + 4} steps |\n|---|---|---|---|")
     for name, s in seconds.items():
         apart = max(abs(a - b) for a, b in zip(losses[name], losses["ours, fp32"]))
         print(f"| {name} | {1e3 * s:.0f} | {BATCH * T / s:,.0f} | {apart:.1e} |")
