@@ -62,7 +62,8 @@ class TrainConfig:
     init_from: str = option(None, "fine-tune: a run's folder or ckpt.pt, or a released model's folder or id "
                                   "on the Hugging Face Hub; gives weights, config and tokenizer")
     device: str = option("auto", "cuda, mps or cpu; auto: the first of these that is there")
-    dtype: str = option("auto", "float32 or bfloat16, of the computation; auto: bfloat16 on a GPU with it")
+    dtype: str = option("auto", "float32 or bfloat16, of the computation; auto: bfloat16 where the device "
+                                "computes in it itself")
     fp8: bool = option(False, "multiply in FP8 as the report does (fp8.py); emulated where no kernel runs")
     fp8_pow2: bool = option(False, "with --fp8: all scales are powers of two, as DeepSeek-V3.1 was trained")
     compile: bool = option(None, "torch.compile the model; default: on a GPU")
@@ -510,7 +511,7 @@ def train(given, on_log):
     cfg, config, ckpt = settings(given)
     out_dir = Path(cfg.out_dir)
     device = pick_device(cfg.device)
-    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda" and has_bf16(device)
+    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and has_bf16(device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     meta, encoding, data = open_data(cfg, config, bool(ckpt or cfg.init_from or "vocab_size" in given), rank)
     if cfg.resume and not ckpt["meta"].items() <= meta.items():

@@ -31,7 +31,7 @@ SHAPE = ("--hidden_size 32 --intermediate_size 48 --moe_intermediate_size 16 --n
          "--num_attention_heads 2 --q_lora_rank 16 --kv_lora_rank 16 --qk_nope_head_dim 8 "
          "--qk_rope_head_dim 8 "
          "--v_head_dim 8 --n_routed_experts 4 --num_experts_per_tok 2 --n_group 2 --topk_group 2 "
-         "--block_size 32 --batch_size 4 --device cpu").split()
+         "--block_size 32 --batch_size 4 --device cpu --dtype float32").split()
 
 
 @pytest.fixture(scope="module")
