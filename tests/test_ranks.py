@@ -234,7 +234,7 @@ def test_sharded_ranks_train_as_one_process_does(tmp_path, torchrun, make_model,
     prepare(tmp_path / "data", input=tmp_path / "text", tokenizer=tmp_path / "hf")
     flags = ["--init_from", tmp_path / "hf", "--block_size", 32, "--log_interval", 1, "--eval_interval", 2,
              "--max_iters", 4, "--learning_rate", 1e-3, "--bias_update_speed", 0.01,
-             "--data_dir", tmp_path / "data", "--device", "cpu"]
+             "--data_dir", tmp_path / "data", "--device", "cpu", "--dtype", "float32"]
 
     def alone(out, *more):
         train.main([str(flag) for flag in ("--out_dir", tmp_path / out, "--batch_size", 8, *more)])
