@@ -640,7 +640,8 @@ def test_a_run_with_a_replaced_class_needs_it_to_go_on(data_dir, tmp_path, monke
 def test_a_run_is_fine_tuned_at_its_own_length_after_an_evaluation_at_step_0(data_dir, tmp_path):
     ok(data_dir, tmp_path / "a", "--max_iters", 4)
     assert checkpoint(tmp_path / "a")["config"]["max_position_embeddings"] == 32      # what it was trained on
-    flags = ["--init_from", tmp_path / "a", "--data_dir", data_dir, "--device", "cpu", "--max_iters", 1]
+    flags = ["--init_from", tmp_path / "a", "--data_dir", data_dir, "--device", "cpu", "--dtype", "float32",
+             "--max_iters", 1]
     train.main([str(flag) for flag in [*flags, "--out_dir", tmp_path / "b"]])
     settings, entries = checkpoint(tmp_path / "b")["train_config"], log(tmp_path / "b")
     assert settings["block_size"] == 32 and settings["learning_rate"] == 1e-3       # a tiny model
