@@ -355,8 +355,8 @@ class MLA(nn.Module):
         G = math.gcd(H, self.cores) if q_c.device.type == "cpu" else 1
         q = torch.cat([q_c, q_r[:, 0]], -1).view(B, G, H // G, -1)              # (B, G, H/G, d_c + d_rope)
         kv = cache[:, None].type_as(q)                                          # (B, 1, S, d_c + d_rope)
-        last = torch.arange(S - 1, S, device=q.device)[:, None]
-        seen = self.visible(last, torch.arange(S, device=q.device))             # (1, S) or None
+        key = torch.arange(S, device=q.device)
+        seen = self.visible(key[-1:, None], key)                                # (1, S) or None
         # k_r rides along as part of the "value", so that key and value are one tensor, and is cut off
         o = F.scaled_dot_product_attention(q, kv, kv, attn_mask=seen, scale=self.softmax_scale,
                                            enable_gqa=G > 1)                    # (B, G, H/G, d_c + d_rope)
