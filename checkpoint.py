@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import re
+import reprlib
 import shutil
 import sys
 import tempfile
@@ -29,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from data.prepare import progress
-from data.tokenizer import get_tokenizer, read_json, same_ids, tokenizer_files
+from data.tokenizer import blame, get_tokenizer, read_json, same_ids, tokenizer_files
 from model import DeepSeekV3, DeepSeekV3Config
 
 try:
@@ -282,6 +283,7 @@ OTHER_MODELS = {"deepseek_v2": "its router uses a softmax", "deepseek_v32": "its
                 "deepseek_v4": "its attention is not MLA"}
 TOKEN_IDS = "bos_token_id", "eos_token_id", "pad_token_id"
 INDEX = "model.safetensors.index.json"
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 # What says where texts begin and end, and how chats are written: an export keeps these files
 SIDE_FILES = re.compile(r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map"
                         r"|added_tokens)\.json|tiktoken\.model|tokenization_\w+\.py"
@@ -323,63 +325,38 @@ def read_config(dir):
     if not path.is_file():
         raise ValueError(f"{dir} is no folder with a config.json")
     raw = read_json(path)
-    try:
+    with blame(path):
         kind = str(raw.get("model_type", "deepseek_v3"))
         if kind not in SAME_MODEL:
             why = OTHER_MODELS.get(kind, "only models that compute the same as DeepSeek-V3 are")
-            raise ValueError(f"model_type={kind[:100]!r} is not supported: {why}")
+            raise ValueError(f"model_type={reprlib.repr(kind)} is not supported: {why}")
         check_fixed(raw, FIXED)
-        check_fixed(read_object(raw, "quantization_config"), FP8_FORMAT)
-        raw = {**SAME_MODEL[kind], **raw, **read_rope(raw)}
-        raw["num_nextn_predict_layers"] = raw.get("num_nextn_predict_layers") or 0
-        if "n_shared_experts" in raw and raw["n_shared_experts"] is None:
-            raw["n_shared_experts"] = 0
+        quantization = read_value("quantization_config", dict | None, raw.get("quantization_config"))
+        check_fixed(quantization or {}, FP8_FORMAT)
+        raw = {"num_nextn_predict_layers": 0, "n_shared_experts": 1, **SAME_MODEL[kind], **raw,
+               **read_rope(raw)}
+        for key in "num_nextn_predict_layers", "n_shared_experts":
+            raw[key] = raw[key] or 0        # null: none
         if (kinds := raw.get("mlp_layer_types")) is not None:       # in place of first_k_dense_replace
-            dense = kinds.count("dense") if isinstance(kinds, list) else 0
+            dense = raw["first_k_dense_replace"] = kinds.count("dense")
             if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
-                raise ValueError(f"mlp_layer_types={repr(kinds)[:100]} is not supported, only 'dense' for "
+                raise ValueError(f"mlp_layer_types={reprlib.repr(kinds)} is not supported, only 'dense' for "
                                  "the first layers and 'sparse' for the rest")
-            raw["first_k_dense_replace"] = dense
         return DeepSeekV3Config(**{f.name: read_value(f.name, f.type, raw[f.name])
                                    for f in dataclasses.fields(DeepSeekV3Config) if f.name in raw})
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
-
-
-def check_fixed(section, fixed):
-    for key in fixed.keys() & section.keys():
-        # null is the same as absent, except for rope_interleave, where transformers takes null for false
-        if section[key] != fixed[key] and (section[key] is not None or key == "rope_interleave"):
-            raise ValueError(f"{key}={repr(section[key])[:100]} is not supported, only {fixed[key]!r} is")
-
-
-def read_object(raw, key):
-    if raw.get(key) is not None and not isinstance(raw[key], dict):
-        raise ValueError(f"{key} must be a JSON object, got {repr(raw[key])[:100]}")
-    return raw.get(key) or {}
-
-
-def read_value(name, kind, value):
-    """A value of type `kind`, from a JSON file that may hold anything."""
-    if type(value) in (int, float) and not 0 <= value < 2**31:      # false for NaN too
-        raise ValueError(f"{name} must be a number from 0 to 2^31, got {str(value)[:100]}")
-    if kind is float and type(value) is int:
-        return float(value)
-    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        raise ValueError(f"{name} must be of type {getattr(kind, '__name__', kind)}, got {repr(value)[:100]}")
-    return value
 
 
 def read_rope(raw):
     """rope_theta and rope_scaling, or both in rope_parameters, which transformers 5 writes but reads last."""
-    rope = {**(read_object(raw, "rope_scaling") or read_object(raw, "rope_parameters"))}
-    check_fixed(rope, FIXED)
+    scaling, parameters = (read_value(key, dict | None, raw.get(key))
+                           for key in ("rope_scaling", "rope_parameters"))
+    rope = {"rope_theta": raw.get("rope_theta", 10000), **(scaling or parameters or {})}
     if "original_max_position_embeddings" in raw:
         rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
+    check_fixed(rope, FIXED)
+    theta = read_value("rope_theta", float, rope.pop("rope_theta"))
     for key in rope.keys() - FIXED.keys() - {"type", "rope_type"}:
-        if rope[key] is not None:
-            read_value(f"{key[:100]!r} of RoPE", int | float, rope[key])
-    theta = read_value("rope_theta", float, rope.pop("rope_theta", raw.get("rope_theta", 10000)))
+        read_value(f"{reprlib.repr(key)} of RoPE", int | float | None, rope[key])
     fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
     if theta <= 1 or not 0.001 < slow <= fast:
         raise ValueError(f"RoPE needs rope_theta > 1 and 0.001 < beta_slow <= beta_fast, got {theta}, {slow} "
@@ -388,61 +365,68 @@ def read_rope(raw):
     return {"rope_theta": theta, "rope_scaling": None if plain else rope}
 
 
+def check_fixed(section, fixed):
+    for key, value in section.items():
+        # null is the same as absent, except for rope_interleave, where transformers takes null for false
+        if value != fixed.get(key, value) and (value is not None or key == "rope_interleave"):
+            raise ValueError(f"{key}={reprlib.repr(value)} is not supported, only {fixed[key]!r} is")
+
+
+def read_value(name, kind, value):
+    """A value of type `kind`, from a JSON file that may hold anything."""
+    allowed = int | float if kind is float else kind
+    if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+        kind = getattr(kind, "__name__", kind)
+        raise ValueError(f"{name} must be of type {kind}, got {reprlib.repr(value)}")
+    if isinstance(value, int | float) and not 0 <= value < 2**31:       # false for NaN too
+        raise ValueError(f"{name} must be a number from 0 to 2^31, got {reprlib.repr(value)}")
+    return float(value) if kind is float else value
+
+
 # --------------------------------------------------------------------------------------------------- loading
 
 def find_tensors(dir):
     """The safetensors files of a folder -> {tensor's name: Stored}, from their headers only."""
-    index, files = dir / INDEX, ["model.safetensors"]
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
+    files, stored = ["model.safetensors"], {}
+    if (dir / INDEX).is_file():
+        weight_map = read_json(dir / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no weight_map")
+            raise ValueError(f"{dir / INDEX} has no weight_map")
         files = sorted({str(file) for file in weight_map.values()})
-    stored = {}
     for file in files:
         path = dir / file
         is_safe = file == path.name and file.endswith(".safetensors") and file.isprintable()
         if not is_safe or not path.is_file():
             raise ValueError(f"{dir} has no safetensors file {file!r}; complete the download (no other "
                              "format and no other folder is read)")
-        with open_safetensors(path) as f:
-            for name in f.keys():
-                view = f.get_slice(name)
-                stored[name] = Stored(path, view.get_dtype(), tuple(view.get_shape()))
+        try:
+            with safetensors.safe_open(path, "pt") as f:
+                for name in f.keys():
+                    view = f.get_slice(name)
+                    stored[name] = Stored(path, view.get_dtype(), tuple(view.get_shape()))
+        except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as e:
+            raise ValueError(f"{path} is damaged or no safetensors file: {one_line(e)}") from None
     return stored
 
 
-def open_safetensors(file):
-    try:
-        return safetensors.safe_open(file, "pt")
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{file} is damaged or no safetensors file: {one_line(e)}") from None
-
-
 def read_tensor(stored, name):
-    """One tensor, on the CPU. Opens the file each time, as all that was read stays in memory until then."""
-    with open_safetensors(stored[name].file) as f:
+    """A tensor as it is stored. Opens the file each time, as all that was read stays in memory until then."""
+    with safetensors.safe_open(stored[name].file, "pt") as f:
         return f.get_tensor(name)
 
 
-def read_weight(stored, name):
-    """A tensor, in fp32 if it is stored in FP8."""
-    if stored[name].dtype != "F8_E4M3":
-        return read_tensor(stored, name)
-    from fp8 import weight_dequant      # imports Triton, which is slow
-    return weight_dequant(*read_in_fp8(stored, name))
-
-
-def read_in_fp8(stored, name):
-    """A tensor in FP8 and the fp32 scale of each 128x128 block."""
-    if stored[name].dtype != "F8_E4M3":
-        from fp8 import quantize_reference
-        return quantize_reference(read_tensor(stored, name), 128)
-    scale = read_tensor(stored, name + "_scale_inv").float()
-    if not (scale.isfinite() & (scale >= 0)).all():
-        raise ValueError(f"{stored[name].file} is damaged: {name}_scale_inv holds scales that are negative "
-                         "or not finite")
-    return read_tensor(stored, name), scale
+def read_weight(stored, name, in_fp8=False, pow2=False):
+    """A tensor and, to hold it in FP8, the fp32 scale of each 128x128 block, else None."""
+    tensor, scale = read_tensor(stored, name), None
+    if stored[name].dtype == "F8_E4M3":
+        scale = read_tensor(stored, name + "_scale_inv").float()
+        if not (scale.isfinite() & (scale >= 0)).all():
+            raise ValueError(f"{stored[name].file} is damaged: {name}_scale_inv holds scales that are "
+                             "negative or not finite")
+    if in_fp8 == (scale is not None):
+        return tensor, scale
+    from fp8 import quantize_reference, weight_dequant      # imports Triton, which is slow
+    return quantize_reference(tensor, 128, pow2) if in_fp8 else (weight_dequant(tensor, scale), None)
 
 
 def released_tensors(model):
@@ -471,18 +455,18 @@ def load(cls, dir, dtype=None, device=None, **changes):
 
     # The folder's model and its tensors, all accounted for before any memory is spent
     dir = released_folder(dir)
-    config = dataclasses.replace(read_config(dir), **changes)
-    stored = find_tensors(dir)
-    config, stored = match_mtp(dir, config, stored, quiet="num_nextn_predict_layers" in changes)
+    config, stored = match_mtp(dir, dataclasses.replace(read_config(dir), **changes), find_tensors(dir))
     model = build_on_meta(cls, dir, config, len(stored))
     expected, copies = released_tensors(model)
     check_tensors(dir, expected, copies, stored)
 
     # Its memory
+    quantization = read_json(dir / "config.json").get("quantization_config") or {}
+    pow2 = quantization.get("scale_fmt") == "ue8m0"         # DeepSeek-V3.1
     dtype = dtype or FLOATS.get(stored["model.embed_tokens.weight"].dtype, torch.bfloat16)
     if dtype == torch.float8_e4m3fn:
         from fp8 import hold_in_fp8
-        model = hold_in_fp8(model.to(torch.bfloat16))
+        model = hold_in_fp8(model.to(torch.bfloat16), pow2)
     else:
         model = model.to(dtype)
     model = model.to_empty(device=device or "cpu")
@@ -492,24 +476,26 @@ def load(cls, dir, dtype=None, device=None, **changes):
     # One pass over the files, then the copies
     targets, _ = released_tensors(model)
     for name in progress([n for n in stored if n in expected and n not in copies], f"reading {dir}"):
-        if name + "_scale_inv" in targets:
-            tensor, scale = read_in_fp8(stored, name)
-            targets[name + "_scale_inv"].copy_(scale)
-        else:
-            tensor = read_weight(stored, name)
+        target_scale = targets.get(name + "_scale_inv")
+        tensor, scale = read_weight(stored, name, target_scale is not None, pow2)
         targets[name].copy_(tensor)
+        if target_scale is not None:
+            target_scale.copy_(scale)
     for name in [n for n in copies if n in stored]:
-        copy, original = read_weight(stored, name), targets[copies[name]]
+        copy, original = read_weight(stored, name)[0], targets[copies[name]]
         # a copy may be stored in another dtype
         if not torch.equal(copy.to(original), original) and not torch.equal(copy, original.to(copy)):
             raise ValueError(f"{dir}: {name} differs from {copies[name]}, but the model has one tensor for "
                              "both; in config.json, set num_nextn_predict_layers to 0 to leave out MTP, or "
                              "tie_word_embeddings to false for a head of its own")
-    model.source_files = read_side_files(dir)
+    for path in dir.iterdir():
+        if SIDE_FILES.fullmatch(path.name) and path.is_file():
+            with contextlib.suppress(OSError, UnicodeDecodeError):      # the weights are as good without it
+                model.source_files[path.name] = path.read_bytes().decode()
     return model.eval()
 
 
-def match_mtp(dir, config, stored, quiet):
+def match_mtp(dir, config, stored):
     """config and stored, reduced to the MTP modules that both have: Hugging Face drops them from files, and a
     config may count fewer than there are."""
     first, end = config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers
@@ -517,10 +503,10 @@ def match_mtp(dir, config, stored, quiet):
              if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
     if not any(first <= i < end for i in layer.values()):
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    extra = sorted({i for i in layer.values() if i >= end and f"model.layers.{i}.eh_proj.weight" in layer})
-    if extra and not quiet:
-        print(f"{dir}: left out MTP layer {', '.join(map(str, extra))}, as num_nextn_predict_layers is "
-              f"{end - first} in config.json", file=sys.stderr)
+    extra = {i for i in layer.values() if i >= end and f"model.layers.{i}.eh_proj.weight" in stored}
+    if extra:
+        print(f"{dir}: left out MTP layer {', '.join(map(str, sorted(extra)))}, as num_nextn_predict_layers "
+              f"is {end - first}", file=sys.stderr)
     return config, {name: at for name, at in stored.items() if layer.get(name) not in extra}
 
 
@@ -548,34 +534,20 @@ def check_tensors(dir, expected, copies, stored):
         if name in stored and stored[name].dtype == "F8_E4M3":
             blocks = tuple(-(-n // 128) for n in tensor.shape)
             wanted[name + "_scale_inv"] = blocks, [*FLOATS, "F8_E8M0"]
-    missing = wanted.keys() - stored.keys()
-    # transformers writes empty tensors for n_shared_experts 0
-    unexpected = [name for name in stored.keys() - wanted.keys()
-                  if not name.endswith(".rotary_emb.inv_freq") and 0 not in stored[name].shape]
-    wrong = []
-    for name in wanted.keys() & stored.keys():
-        (_, dtype, shape), (want, dtypes) = stored[name], wanted[name]
+    faults = {"missing": wanted.keys() - stored.keys(), "unexpected": [], "wrong:": []}
+    for name, (_, dtype, shape) in stored.items():
+        # transformers writes empty tensors for n_shared_experts 0
+        if name not in wanted and not name.endswith(".rotary_emb.inv_freq") and 0 not in shape:
+            faults["unexpected"].append(name)
+        want, dtypes = wanted.get(name, (shape, [dtype]))
         if shape != want or dtype not in dtypes:
-            wrong.append(f"{name} is {dtype} {shape} instead of {'/'.join(dtypes)} {want}")
-    parts = []
-    for what, names in ("missing", missing), ("unexpected", unexpected), ("wrong:", wrong):
+            faults["wrong:"].append(f"{name} is {dtype} {shape} instead of {'/'.join(dtypes)} {want}")
+    said = []
+    for fault, names in faults.items():
         shown = ", ".join(ascii(name)[1:-1][:200] for name in sorted(names)[:6])
-        if names:
-            parts.append(f"{what} {shown} ({len(names)} in all)")
-    if parts:
-        raise ValueError(f"the tensors of {dir} don't fit its config.json: {'; '.join(parts)}")
-
-
-def read_side_files(dir):
-    """model.source_files: {name: text} of a folder's SIDE_FILES, of config.json its token ids only."""
-    texts = {}
-    for path in dir.iterdir():
-        if SIDE_FILES.fullmatch(path.name) and path.is_file():
-            with contextlib.suppress(OSError, UnicodeDecodeError):      # the weights are as good without it
-                texts[path.name] = path.read_bytes().decode()
-    raw = read_json(dir / "config.json")
-    ids = {key: raw[key] for key in TOKEN_IDS if key in raw}
-    return texts | {"config.json": json.dumps(ids)}
+        said += [f"{fault} {shown} ({len(names)} in all)"] if names else []
+    if said:
+        raise ValueError(f"the tensors of {dir} don't fit its config.json: {'; '.join(said)}")
 
 
 # ---------------------------------------------------------------------------------------------------- saving
@@ -586,57 +558,59 @@ def is_quantized(name):
     return (".self_attn." in name or ".mlp." in name) and "norm" not in name and ".gate." not in name
 
 
-def split(tensors, copies, fp8, shard_bytes):
-    """The tensors as the release stores them: yields {name: tensor} for each file of at most shard_bytes."""
-    shard, size = {}, 0
-    for name, t in tensors:
-        if fp8 and is_quantized(name):
-            from fp8 import quantize_reference
-            q, scale = quantize_reference(t, 128)
-            part = {name: q.contiguous(), name + "_scale_inv": scale}
-        elif fp8 and "e_score" not in name:
-            part = {name: t.to(torch.bfloat16, copy=True)}
-        else:       # safetensors refuses two tensors in the same memory
-            part = {name: t.clone() if name in copies else t.contiguous()}
-        more = sum(t.nbytes for t in part.values())
-        if shard and size + more > shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard |= part
-        size += more
-    yield shard
+def as_stored(name, tensor, fp8, is_copy):
+    """{name: tensor} as a file holds it, with the scales of FP8."""
+    if fp8 and is_quantized(name):
+        from fp8 import quantize_reference
+        q, scale = quantize_reference(tensor, 128)
+        return {name: q.contiguous(), name + "_scale_inv": scale}
+    dtype = torch.bfloat16 if fp8 and "e_score" not in name else tensor.dtype
+    return {name: tensor.to(dtype, copy=is_copy).contiguous()}      # safetensors refuses shared memory
 
 
 @torch.no_grad()
 def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None):
     """DeepSeekV3.save_pretrained. All is written in a folder inside dir, and then takes the place of an
     earlier checkpoint."""
-    check_plain(model)
+    with torch.device("meta"):
+        plain = DeepSeekV3(model.config).state_dict()
+    if odd := replaced_classes(model) or sorted(model.state_dict().keys() ^ plain.keys()):
+        raise ValueError(f"{', '.join(odd[:5])}: not as in model.py, which readers of a released checkpoint "
+                         "expect; put the original classes back, merge adapters into the weights, and load "
+                         "FP8 weights with dtype=torch.bfloat16")
     dir, (tensors, copies) = Path(dir), released_tensors(model)
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
+    shards, size = [[]], 0      # the names of each file's tensors
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    files, count = ["model.safetensors"], len(shards)
+    if count > 1:
+        files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     texts = config_and_side_files(model, encoding, fp8, ends)
-    new, shards = dir / "saving.tmp", []
+
+    new, index, total = dir / "saving.tmp", {}, 0
     try:
         shutil.rmtree(new, ignore_errors=True)      # of a killed save
         new.mkdir(parents=True)
-        for shard in split(progress(tensors.items(), f"writing {dir}"), copies, fp8, shard_bytes):
-            safetensors.torch.save_file(shard, new / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-            shards.append({name: t.nbytes for name, t in shard.items()})
-        files = ["model.safetensors"]
-        if len(shards) > 1:
-            files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-            index = {"metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
-                     "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
-            texts[INDEX] = json.dumps(index, indent=2)
         for file, text in texts.items():
             (new / file).write_bytes(text.encode())
-        for i, file in enumerate(files):
-            os.rename(new / f"{i}.safetensors", new / file)
+        for file, names in zip(files, progress(shards, f"writing {dir}")):
+            shard = {}
+            for name in names:
+                shard |= as_stored(name, tensors[name], fp8, name in copies)
+            safetensors.torch.save_file(shard, new / file, metadata={"format": "pt"})
             shutil.copymode(new / "config.json", new / file)        # else only the owner may read it
-        for path in new.iterdir():
-            with open(path, "rb+") as f:
-                os.fsync(f.fileno())        # not even a power cut costs the earlier checkpoint
+            index |= dict.fromkeys(shard, file)
+            total += sum(tensor.nbytes for tensor in shard.values())
+        if count > 1:
+            files.append(INDEX)
+            content = {"metadata": {"total_size": total}, "weight_map": index}
+            (new / INDEX).write_text(json.dumps(content, indent=2))
     except (safetensors.SafetensorError, OSError) as e:     # a full disk, a folder that can't be written
         raise OSError(f"{dir} can't be written ({one_line(e)}); an earlier checkpoint in it is intact: make "
                       "room, or save to another folder") from None
@@ -653,21 +627,10 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
 def old_files(dir, texts):
     """What a new checkpoint replaces: the index, the shards that it lists or that are named like shards (some
     readers take all of a folder), and what another tokenizer left, if the new one has its own files."""
-    index, shards = dir / INDEX, re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-    listed = index.read_text(errors="replace") if index.is_file() else ""
+    listed = (dir / INDEX).read_text(errors="replace") if (dir / INDEX).is_file() else ""
     return [path for path in dir.iterdir() if path.is_file() and (
-        shards.fullmatch(path.name) or path.suffix == ".safetensors" and f'"{path.name}"' in listed
+        WEIGHTS.fullmatch(path.name) or path.suffix == ".safetensors" and f'"{path.name}"' in listed
         or SIDE_FILES.fullmatch(path.name) and texts.keys() & {"tokenizer.json", "tiktoken.model"})]
-
-
-def check_plain(model):
-    """ValueError for a model that the released format can't describe."""
-    with torch.device("meta"):
-        plain = DeepSeekV3(model.config).state_dict()
-    if odd := replaced_classes(model) or sorted(model.state_dict().keys() ^ plain.keys()):
-        raise ValueError(f"{', '.join(odd[:5])}: not as in model.py, which readers of a released checkpoint "
-                         "expect; put the original classes back, merge adapters into the weights, and load "
-                         "FP8 weights with dtype=torch.bfloat16")
 
 
 def config_and_side_files(model, encoding, fp8, ends):
@@ -675,15 +638,13 @@ def config_and_side_files(model, encoding, fp8, ends):
     was loaded with, unless encoding is another tokenizer."""
     texts = {name: text for name, text in model.source_files.items()        # anything, from a hostile ckpt.pt
              if SIDE_FILES.fullmatch(str(name)) and isinstance(text, str)}
-    ends = ends or getattr(model, "ends", None)     # sample.load sets it to those of a run's data
     if encoding is None or is_tokenizer_of(texts, encoding):
         source = json.loads(texts.pop("config.json", "{}"))
-        ids = {key: source[key] for key in TOKEN_IDS if key in source}
-    else:
-        files = tokenizer_files(encoding, ends)
-        ids = {key: files["tokenizer_config.json"].pop(key) for key in ("bos_token_id", "eos_token_id")}
+    else:       # sample.load sets model.ends to those of a run's data
+        files = tokenizer_files(encoding, ends or getattr(model, "ends", None))
+        source = {key: files["tokenizer_config.json"].pop(key) for key in ("bos_token_id", "eos_token_id")}
         texts = {name: json.dumps(content, indent=2) for name, content in files.items()}
-    config = {**dataclasses.asdict(model.config), **ALSO, **dict.fromkeys(TOKEN_IDS), **ids,
+    config = {**dataclasses.asdict(model.config), **ALSO, **{key: source.get(key) for key in TOKEN_IDS},
               "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
               "num_key_value_heads": model.config.num_attention_heads,
               "torch_dtype": "bfloat16" if fp8 else str(model.lm_head.weight.dtype).removeprefix("torch.")}
@@ -694,30 +655,22 @@ def config_and_side_files(model, encoding, fp8, ends):
 
 def is_tokenizer_of(texts, encoding):
     """Whether tokenizer files give the ids of a tiktoken.Encoding."""
-    with tempfile.TemporaryDirectory() as dir:
+    with tempfile.TemporaryDirectory() as dir, contextlib.suppress(ValueError, OSError):
         for name, text in texts.items():
             Path(dir, name).write_bytes(text.encode())
-        try:
-            return same_ids(get_tokenizer(dir), encoding)
-        except (ValueError, OSError):
-            return False
+        return same_ids(get_tokenizer(dir), encoding)
 
 
 def replaced_classes(model):
     """Names of a model's classes, methods and functions that are not model.py's, fp8.py's or torch's own: a
     checkpoint holds their weights, but not what they compute."""
-    functions = vars(sys.modules[DeepSeekV3.__module__]).items()
-    names = {name for name, value in functions if inspect.isfunction(value) and is_foreign(value)}
+    source = vars(sys.modules[DeepSeekV3.__module__])
+    things = [(name, value) for name, value in source.items() if inspect.isfunction(value)]
     for module in model.modules():
-        classes = type(module).__mro__
-        names |= {cls.__name__ for cls in classes if is_foreign(cls)}
-        for owner in [module, *(cls for cls in classes if cls.__module__ in ("model", "fp8"))]:
+        for owner in [module, *type(module).__mro__]:
             name = getattr(owner, "__name__", type(module).__name__)
-            names |= {f"{name}.{key}" for key, value in vars(owner).items()
-                      if callable(value) and is_foreign(value)}
-    return sorted(names)
-
-
-def is_foreign(thing):
-    origin = (getattr(thing, "__module__", None) or "").split(".")[0]
-    return origin not in ("model", "fp8", "torch", "builtins", "dataclasses", "")
+            things.append((name, owner))
+            if owner is module or owner.__module__ in ("model", "fp8"):
+                things += [(f"{name}.{key}", value) for key, value in vars(owner).items() if callable(value)]
+    return sorted({name for name, thing in things if (getattr(thing, "__module__", None) or "").split(".")[0]
+                   not in ("model", "fp8", "torch", "builtins", "dataclasses", "")})
