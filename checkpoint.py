@@ -191,7 +191,7 @@ def read_run(path):
     """load_run of a file. OSError if it is damaged, ValueError if it is no checkpoint of this train.py."""
     if not path.exists():
         best = path.with_name("best.pt")
-        cure = f"copy {best} to it" if best.exists() else "train without --resume first"
+        cure = f"copy {best} to it" if best.exists() else "a run of train.py saves it at its first evaluation"
         raise OSError(f"there is no checkpoint {path}; {cure}")
     try:
         check_zip(path)
@@ -213,7 +213,7 @@ def fitting(path):
     """One sentence for a checkpoint whose contents this code can't use, as other code wrote them."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as e:
         raise ValueError(f"{path} doesn't fit this version of model.py and train.py ({one_line(e)}); use the "
                          "files that it was trained with, or start a new run in another --out_dir") from None
 

@@ -19,17 +19,17 @@ One round, for the newest token t_p, which is not in the cache yet:
     keep     drafts from the left, each with probability min(1, p/q), and one more token: 1 to depth + 1
 
 Rejected drafts stay in the caches until they are overwritten. Without MTP modules a round is a plain step.
-
 Shapes      B batch, T tokens of the prompt, t tokens of a part, D hidden size, V vocabulary
 """
 
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C needs no traceback, not even out of the imports
 
 import argparse
 import codecs
+import math
 import os
 import sys
 import time
@@ -110,7 +110,7 @@ def generate_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top
     settings = temperature, top_k, top_p
     stop = torch.tensor(sorted(stop), dtype=torch.int64, device=idx.device)
     stats = {} if stats is None else stats
-    for name in ("forwards", "drafted", "accepted"):
+    for name in "forwards", "drafted", "accepted":
         stats.setdefault(name, 0)
 
     # drafts may reach beyond the last position that the caller asked for, and are cut off
@@ -170,21 +170,21 @@ class Loaded(NamedTuple):
 def load(path, device, dtype=None, ema=False):
     """A run's folder or ckpt.pt, or a released checkpoint's folder or id on the Hugging Face Hub -> Loaded.
 
-    dtype: of the weights; None: bfloat16 on a GPU that has it, see released_dtype for released weights, else
-    float32. ema: the moving average of a run's weights.
+    dtype: of the weights; None: see default_dtype. ema: the moving average of a run's weights.
     """
     path, device = released_folder(path), torch.device(device)
-    if (path / "config.json").is_file() and not (path / "ckpt.pt").is_file():
-        if ema:
-            raise ValueError(f"--ema: {path} is a released model, which has no average; leave the flag out")
-        encoding = get_tokenizer(path)
-        model = DeepSeekV3.from_pretrained(path, dtype or released_dtype(path, device), device)
-        return Loaded(model, encoding, read_ends(path, encoding), None)
-
-    ckpt = read_run(path)
+    is_release = (path / "config.json").is_file() and not (path / "ckpt.pt").is_file()
+    ckpt = {} if is_release else load_run(path)
     if ema and "ema" not in ckpt:
         raise ValueError(f"--ema: {path} holds no average of its weights; train with --ema_decay, or leave "
                          "the flag out")
+    if is_release:
+        config, encoding = read_json(path / "config.json"), get_tokenizer(path)
+        stored = config.get("dtype", config.get("torch_dtype"))
+        stored = "float8_e4m3fn" if config.get("quantization_config") else stored
+        model = DeepSeekV3.from_pretrained(path, dtype or default_dtype(stored, device), device)
+        return Loaded(model, encoding, read_ends(path, encoding), None)
+
     with fitting(ckpt["path"]), torch.device("meta"):
         model = DeepSeekV3(DeepSeekV3Config(**ckpt["config"]))
     if ckpt["replaced"] != replaced_classes(model):
@@ -195,33 +195,18 @@ def load(path, device, dtype=None, ema=False):
         model.load_state_dict(ckpt["ema" if ema else "model"], assign=True)
     encoding, model.source_files = encoding_from_json(ckpt["encoding"]), ckpt["source_files"]
     model.ends = ends_of_data(ckpt["meta"])
-    bf16 = device.type == "cuda" and has_bf16(device)
-    model.to(device, dtype or (torch.bfloat16 if bf16 else torch.float32))
+    model.to(device, dtype or default_dtype("float32", device))
     return Loaded(model.eval(), encoding, model.ends, model.config.max_position_embeddings)
 
 
-def read_run(path):
-    """--ckpt of a run -> the dict that its checkpoint holds."""
-    if not path.exists():
-        raise ValueError(f"--ckpt {path} does not exist; train a model first with: "
-                         f"python train.py --out_dir {path}")
-    if path.is_dir() and not any([*path.glob("ckpt*"), *path.glob("best.pt")]):
-        if (path / "lock").exists():
-            raise ValueError(f"the run in {path} has no checkpoint yet; it saves one at its first evaluation")
-        raise ValueError(f"--ckpt {path} holds neither a run's ckpt.pt nor a released model's config.json")
-    return load_run(path)
-
-
-def released_dtype(path, device):
-    """FP8 where released weights are stored so and the GPU has our kernels, bfloat16 where they take 16 bits
-    or fewer and the device computes in it, else float32."""
-    config = read_json(path / "config.json")
-    stored = "FP8" if config.get("quantization_config") else config.get("dtype", config.get("torch_dtype"))
-    if stored == "FP8" and device.type == "cuda":
+def default_dtype(stored, device):
+    """FP8 where weights are stored in it and the GPU has our kernels; bfloat16 where the device computes in
+    it, and a CPU only where they are stored in 16 bits or fewer; else float32."""
+    narrow = stored in ("float8_e4m3fn", "bfloat16", "float16")
+    if stored == "float8_e4m3fn" and device.type == "cuda":
         from fp8 import kernels_missing     # imports Triton, which nothing else here needs
         if kernels_missing(device) is None:
             return torch.float8_e4m3fn
-    narrow = stored in ("FP8", "bfloat16", "float16")
     if has_bf16(device) and (narrow or device.type == "cuda"):
         return torch.bfloat16
     if narrow:
@@ -231,11 +216,8 @@ def released_dtype(path, device):
 
 
 def compile_steps(model):
-    """torch.compile the layers for decoding steps: about a minute before the first tokens, then faster steps.
-
-    One compilation serves all layers of a kind and all lengths of the cache. Prompts are read without it, as
-    their few large operations gain nothing. Has only been run on a CPU.
-    """
+    """torch.compile the layers for decoding steps, once for all layers of a kind and all lengths of the
+    cache. Prompts gain nothing, and are read without it. Has only been run on a CPU."""
     def forward(eager, compiled, x, *args, pos=0, **kwargs):
         return (compiled if pos > 0 and x.size(1) <= 8 else eager)(x, *args, pos=pos, **kwargs)
 
@@ -251,8 +233,8 @@ def compile_steps(model):
 
 def parse_args(argv):
     parser = Parser(__doc__)
-    parser.add_argument("--ckpt", required=True, help="a run's folder, its ckpt.pt, or a released model's "
-                                                      "folder or id on the Hugging Face Hub")
+    parser.add_argument("--ckpt", required=True,
+                        help="a run's folder or ckpt.pt, or a released model's folder or id on the Hub")
     parser.add_argument("--ema", action="store_true", help="use the average of a run's weights (--ema_decay)")
     parser.add_argument("--prompt", help="text to continue, or FILE:path")
     parser.add_argument("--prefix", help="fill in the middle: text before the hole, or FILE:path")
@@ -270,14 +252,16 @@ def parse_args(argv):
                         help="draft with the MTP modules (default: where the model has any)")
     parser.add_argument("--compile", action="store_true", help="torch.compile decoding: pays for long texts")
     args = parser.parse_args(argv)
-    if args.num_samples < 1:
-        parser.error(f"--num_samples must be at least 1, got {args.num_samples}")
-    if args.max_new_tokens is not None and args.max_new_tokens < 0:
-        parser.error(f"--max_new_tokens must be at least 0, got {args.max_new_tokens}")
-    if not -2**63 <= args.seed < 2**64:
-        parser.error(f"--seed must fit in 64 bits, got {args.seed}")
-    if args.prompt is not None and not args.prefix is args.suffix is None:
-        parser.error("--prompt is continued, --prefix and --suffix surround a hole; give one or the other")
+    hole = args.prefix is not None or args.suffix is not None
+    for wrong, sentence in (
+            (args.num_samples < 1, f"--num_samples must be at least 1, got {args.num_samples}"),
+            ((args.max_new_tokens or 0) < 0,
+             f"--max_new_tokens must be at least 0, got {args.max_new_tokens}"),
+            (not -2**63 <= args.seed < 2**64, f"--seed must fit in 64 bits, got {args.seed}"),
+            (hole and args.prompt is not None,
+             "--prompt is continued, --prefix and --suffix surround a hole; give one or the other")):
+        if wrong:
+            parser.error(sentence)
     return args
 
 
@@ -285,13 +269,11 @@ def read_text(flag, text):
     """The text that a flag gives, itself or as FILE:path."""
     try:
         if text.startswith("FILE:"):
-            raw = Path(text.removeprefix("FILE:")).read_bytes()
-        else:
-            raw = text.encode("utf-8", "surrogateescape")       # outside a UTF-8 locale, Python escapes bytes
-        return raw.decode("utf-8")
-    except UnicodeError as e:
-        raise ValueError(f"{flag} {ascii(text[:60])} is not UTF-8 text ({e.reason} at byte {e.start}); "
-                         "convert it to UTF-8") from None
+            return Path(text.removeprefix("FILE:")).read_bytes().decode()
+        # outside a UTF-8 locale, Python escapes what is not ASCII
+        return text.encode("utf-8", "surrogateescape").decode()
+    except (UnicodeError, OSError) as e:
+        raise ValueError(f"{flag} {ascii(text[:60])} is not UTF-8 text or a file of it: {e}") from None
 
 
 def prompt_tokens(prompt, encoding, ends):
@@ -300,7 +282,7 @@ def prompt_tokens(prompt, encoding, ends):
         return torch.tensor([[ends.begin]])
     if not prompt:
         raise ValueError("the prompt is empty; leave --prompt out to begin a new document")
-    tokens = encoding.encode(prompt, allowed_special="all")
+    tokens = encode(encoding, prompt, special=True)
     if ends.add_bos and tokens[0] != ends.bos:
         tokens.insert(0, ends.bos)
     return torch.tensor([tokens])
@@ -313,28 +295,13 @@ def hole_tokens(prefix, suffix, encoding, ends):
     return torch.tensor([[ends.begin, fim_begin, *before, fim_hole, *after, fim_end]])
 
 
-def room_for(wanted, T, context):
-    """--max_new_tokens (None: at most 500) after a prompt of T tokens, if all must fit in the context."""
-    if T > context or (T == context and wanted != 0):
-        raise ValueError(f"the prompt's {T} tokens leave no room in the model's context of {context}; "
-                         "shorten the prompt")
-    if wanted is None:
-        return min(500, context - T)
-    if T + wanted > context:
-        raise ValueError(f"--max_new_tokens {wanted} and the prompt's {T} tokens exceed the model's context "
-                         f"of {context}; ask for {context - T} at most")
-    return wanted
-
-
-def continuation(model, idx, max_new_tokens, window, stop, **settings):
-    """Yields tokens one by one; idx: (1, T) int64. Text beyond the window continues from its last half."""
-    count, token = 0, None
+def continuation(model, idx, max_new_tokens, stop, **settings):
+    """Yields tokens one by one; idx: (1, T) int64. Text beyond the context continues from its last half."""
+    count, token, context = 0, None, model.config.max_position_embeddings
     while count < max_new_tokens and token not in stop:
-        new = max_new_tokens - count
-        if window is not None:
-            if idx.size(1) >= window:
-                idx = idx[:, -(window // 2):]
-            new = min(new, window - idx.size(1))
+        if idx.size(1) >= context:
+            idx = idx[:, -(context // 2):]
+        new = min(max_new_tokens - count, context - idx.size(1))
         for token in generate_stream(model, idx, new, stop=stop, **settings):
             idx, token, count = torch.cat([idx, token], 1), token.item(), count + 1
             yield token
@@ -359,26 +326,27 @@ def run(args):
     device = pick_device(args.device)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     model, encoding, ends, window = load(args.ckpt, device, dtype, args.ema)
-    new, before, after = args.max_new_tokens, "", ""
-    if args.prefix is not None or args.suffix is not None:
+    hole = args.prefix is not None or args.suffix is not None
+    if hole:
         before, after = read_text("--prefix", args.prefix or ""), read_text("--suffix", args.suffix or "")
         idx = hole_tokens(before, after, encoding, ends)
-        new = room_for(new, idx.size(1), window or model.config.max_position_embeddings)
     else:
-        before = None if args.prompt is None else read_text("--prompt", args.prompt)
+        before, after = args.prompt and read_text("--prompt", args.prompt), ""
         idx = prompt_tokens(before, encoding, ends)
-        if window is None:
-            new = room_for(new, idx.size(1), model.config.max_position_embeddings)
-    new = 500 if new is None else new
+    T, context = idx.size(1), model.config.max_position_embeddings
+    room = context - T if hole or window is None else math.inf      # a run's text may outgrow its context
+    new = min(500, max(room, 1)) if args.max_new_tokens is None else args.max_new_tokens
+    if new > room:
+        raise ValueError(f"the prompt's {T} tokens leave room for {max(room, 0)} in the model's context of "
+                         f"{context}; shorten the prompt, or lower --max_new_tokens")
     model.check_tokens(idx, 0)
     if args.compile:
-        print("compiling the decoding step: about a minute, or seconds where the compiler's cache has it",
-              file=sys.stderr)
+        print("compiling the decoding step, which takes a minute the first time", file=sys.stderr)
         compile_steps(model)
     generator = torch.Generator(device).manual_seed(args.seed)
     for _ in range(args.num_samples):
         stats = {}
-        tokens = continuation(model, idx.to(device), new, window, ends.eos, temperature=args.temperature,
+        tokens = continuation(model, idx.to(device), new, ends.eos, temperature=args.temperature,
                               top_k=args.top_k, top_p=args.top_p, speculative=args.speculative,
                               generator=generator, stats=stats)
         print("-" * 80 + "\n" + (before or ""), end="", flush=True)
@@ -399,10 +367,7 @@ def main(argv=None):
         sys.exit(141)
     except (ValueError, OSError, ImportError) as e:
         raise SystemExit(f"sample.py: {e}") from None
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
