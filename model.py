@@ -318,14 +318,17 @@ class MLA(nn.Module):
 
     def attention(self, q, k, v, mask):
         """softmax(scale * q k^T) v. q, k: (B, H, ·, d_qk); v: (B, H, S, d_v). Returns (B, H, T, d_v)."""
+        T, S = q.size(2), k.size(2)
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512:
+            # two plain products are faster there, as long as (B, H, T, S) stays small
+            seen = torch.ones(T, S, dtype=torch.bool).tril() if mask is None else mask
+            bias = q.new_zeros(seen.shape).masked_fill(~seen, -math.inf)
+            return (self.softmax_scale * q @ k.mT + bias).softmax(-1) @ v
         if mask is not None or not self.cudnn_attends(q):
             # the other fast kernels want one head size: zeros appended to v come out as zeros and are cut off
             v = F.pad(v, (0, max(self.d_qk - self.d_v, 0)))
         options = dict(attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)
-        if q.device.type == "cpu":                  # faster in fp32 than in bf16, which autocast would choose
-            with torch.autocast("cpu", enabled=False):
-                o = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
-        elif q.is_cuda and mask is not None:        # not cuDNN, whose gradient can be NaN (pytorch#196678)
+        if q.is_cuda and mask is not None:          # not cuDNN, whose gradient can be NaN (pytorch#196678)
             kernels = torch.nn.attention.SDPBackend
             with torch.nn.attention.sdpa_kernel([kernels.EFFICIENT_ATTENTION, kernels.MATH]):
                 o = F.scaled_dot_product_attention(q, k, v, **options)

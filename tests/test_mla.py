@@ -295,20 +295,20 @@ def test_which_attention_runs_on_which_gpu(make_config, monkeypatch, major, dtyp
     assert seen == ([backends] if backends else []) + [(width, not masked)]
 
 
-def test_bfloat16_attends_in_fp32_on_a_cpu(make_model, monkeypatch):
-    dtypes = []
-    attend = F.scaled_dot_product_attention
-    def recording(q, k, v, **kwargs):
-        o = attend(q, k, v, **kwargs)
-        dtypes.append((q.dtype, k.dtype, v.dtype, o.dtype))
-        return o
-    monkeypatch.setattr(F, "scaled_dot_product_attention", recording)
-    model, x = make_model(), torch.randn(1, 5, 48)
-    mla, angles = model.model.layers[0].self_attn, rope_cos_sin(model.config, 0, 5)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert mla(x, *angles).dtype == torch.bfloat16
-    assert mla.bfloat16()(x.bfloat16(), *angles).dtype == torch.bfloat16
-    assert set(dtypes) == {(torch.float32,) * 4}
+@pytest.mark.parametrize("masked", [False, True])
+def test_bfloat16_attention_on_a_cpu_equals_the_fused_kernel_of_fp32(make_config, masked):
+    mla, mask = MLA(make_config(qk_nope_head_dim=28)), None
+    q, k, v = (torch.randn(2, 3, 40, size, requires_grad=True) for size in (36, 36, 28))
+    if masked:
+        mask = (torch.rand(2, 1, 40, 40) < 0.7).tril() | torch.eye(40, dtype=torch.bool)
+    expected = mla.attention(q, k, v, mask)
+    got = mla.attention(*(t.bfloat16() for t in (q, k, v)), mask)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, atol=0.03, rtol=0.03)
+    weight = torch.randn_like(expected)
+    for right, grad in zip(torch.autograd.grad((expected * weight).sum(), (q, k, v)),
+                           torch.autograd.grad((got.float() * weight).sum(), (q, k, v))):
+        torch.testing.assert_close(grad, right, atol=0.05, rtol=0.05)
 
 
 def test_drafts_to_verify_attend_as_they_would_alone(make_model, monkeypatch):
