@@ -48,14 +48,14 @@ def pick_device(name="auto"):
     local_rank = os.environ.get("LOCAL_RANK")
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" and local_rank else name)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("untested")
         torch.zeros(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0].split(". ")[0]
         raise ValueError(f"--device {name} can't be used here ({reason}); choose cuda, mps or cpu") from None
-    if device.type not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"--device {name} can't be used here; choose cuda, mps or cpu")
     return device
 
 
@@ -71,9 +71,6 @@ def has_bf16(device):
 # Runs
 
 FORMAT = 2      # of ckpt.pt
-CONTENTS = {"config": dict, "train_config": dict, "state": dict, "model": dict, "optimizers": list,
-            "rng_state": torch.Tensor, "meta": dict, "encoding": str, "source_files": dict, "replaced": list,
-            "sequences_per_step": int}
 
 
 @contextlib.contextmanager
@@ -102,9 +99,10 @@ def writing(path):
     """A full disk, a quota or a lost network drive ends the run in one sentence."""
     try:
         yield
-    except OSError as e:
-        raise OSError(f"{path} can't be written ({e.strerror or e}); what was there is intact: make room, "
-                      "then continue with --resume, or start again if there is no checkpoint yet") from None
+    except (OSError, RuntimeError) as e:        # torch.save turns the OSError of a write into a RuntimeError
+        reason = next((x.strerror for x in (e, e.__context__) if getattr(x, "strerror", None)), e)
+        raise OSError(f"{path} can't be written ({reason}); what was there is intact: make room, then "
+                      "continue with --resume, or start again if there is no checkpoint yet") from None
 
 
 def write_atomically(path, write, check=lambda path: None, keep_as=None):
@@ -125,18 +123,6 @@ def write_atomically(path, write, check=lambda path: None, keep_as=None):
         temporary.unlink(missing_ok=True)
 
 
-def save_run(out_dir, run):
-    """Write a run's dict to OUT/ckpt.pt and read it back; the file before it stays as OUT/ckpt.prev.pt."""
-    write_atomically(out_dir / "ckpt.pt", partial(torch_save, run), check_zip, out_dir / "ckpt.prev.pt")
-
-
-def torch_save(run, file):
-    try:
-        torch.save(run, file)
-    except RuntimeError as e:       # torch's zip writer turns an OSError of file.write into this
-        raise e.__context__ if isinstance(e.__context__, OSError) else e
-
-
 def check_zip(path):
     """OSError if a bit of a tensor has flipped: torch.save writes a zip file, whose entries have CRC-32
     checksums, but torch.load does not look at them."""
@@ -149,10 +135,37 @@ def check_zip(path):
         raise OSError(f"{damaged} fails its checksum")
 
 
+def save_run(out_dir, run, model, optimizers, ema=None):
+    """Write a run's dict, with all tensors, to OUT/ckpt.pt and read it back; the file before it stays as
+    OUT/ckpt.prev.pt. A copy becomes OUT/best.pt if no earlier loss was lower. All ranks call it."""
+    tensors = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    if ema:
+        tensors["ema"] = ema.module.state_dict()
+    run = {**run, **whole(tensors), "rng_state": torch.get_rng_state()}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        write_atomically(out_dir / "ckpt.pt", partial(torch.save, run), check_zip, out_dir / "ckpt.prev.pt")
+        if run["state"]["best"]["iter"] == run["state"]["step"]:
+            keep_best(out_dir / "ckpt.pt")
+    if dist.is_initialized():
+        dist.barrier()      # torchrun ends all ranks when one ends, so none may before the file is there
+
+
 def keep_best(path):
     """A copy of a checkpoint as best.pt."""
     with open(path, "rb") as f:
         write_atomically(path.with_name("best.pt"), partial(shutil.copyfileobj, f), check_zip)
+
+
+def whole(state):
+    """A state_dict in which FSDP's shards are whole tensors on the CPU, on rank 0 alone. All ranks call it."""
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value) for value in state]
+    if hasattr(state, "full_tensor"):
+        tensor = state.full_tensor()
+        return tensor.cpu() if dist.get_rank() == 0 else None
+    return state
 
 
 def load_run(path):
@@ -162,29 +175,19 @@ def load_run(path):
     where that is damaged, or missing after a kill between two renames. No pickled code is executed.
     ValueError if there is none.
     """
-    path = Path(path)
-    if (path / "ckpt").is_dir() or (path / "run.pt").exists():
-        raise ValueError(f"{path} holds the sharded checkpoint of an older train.py, which can't be read; "
-                         "start a new run in another --out_dir")
-    if not path.is_dir():
+    path, damaged = Path(path), []
+    files = [path / "ckpt.pt", path / "ckpt.prev.pt"] if path.is_dir() else [path]
+    for file in files[:1] + [file for file in files[1:] if file.exists()]:
         try:
-            return read_run(path)
+            run = read_run(file)
         except OSError as e:
-            raise ValueError(e) from None
-    newest, previous = path / "ckpt.pt", path / "ckpt.prev.pt"
-    try:
-        return read_run(newest)
-    except OSError as e:
-        if not previous.exists():
-            raise ValueError(e) from None
-        try:
-            run = read_run(previous)
-        except OSError:
-            raise ValueError(f"{e}; {previous}, the one before it, is damaged too") from None
-    step = run["state"]["step"]
-    print(f"{newest} is damaged or missing: using the one before it, {previous}, of step {step}",
-          file=sys.stderr)
-    return run
+            damaged.append(str(e))
+            continue
+        if damaged:
+            print(f"{files[0]} is damaged or missing: using the one before it, {file}, of step "
+                  f"{run['state']['step']}", file=sys.stderr)
+        return run
+    raise ValueError("; ".join(damaged))
 
 
 def read_run(path):
@@ -198,11 +201,9 @@ def read_run(path):
         # under torchrun the ranks of a machine share one mapping of the file, and read only what they use
         run = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
     except Exception as e:      # torch.load raises whatever the damaged bytes lead to
-        reason = " ".join(str(e).split())[:100] or type(e).__name__
-        raise OSError(f"{path} is damaged or not a checkpoint ({reason}); restore it from a copy, or start "
-                      "a new run in another --out_dir") from None
-    if not isinstance(run, dict) or run.get("format") != FORMAT or any(
-            not isinstance(run.get(key), kind) for key, kind in CONTENTS.items()):
+        raise OSError(f"{path} is damaged or not a checkpoint ({one_line(e)}); restore it from a copy, or "
+                      "start a new run in another --out_dir") from None
+    if not isinstance(run, dict) or run.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this version of train.py; start a new run in "
                          "another --out_dir")
     return run | {"path": str(path)}
@@ -218,48 +219,41 @@ def fitting(path):
                          "files that it was trained with, or start a new run in another --out_dir") from None
 
 
-def whole(state):
-    """A state_dict with its tensors on the CPU, and whole where FSDP shards them. All ranks must take part;
-    rank 0 alone gets the tensors."""
-    if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [whole(value) for value in state]
-    if isinstance(state, torch.Tensor):
-        tensor = state.full_tensor() if hasattr(state, "full_tensor") else state
-        return tensor.cpu() if not dist.is_initialized() or dist.get_rank() == 0 else None
-    return state
+def model_of_run(run):
+    """The model of a run on device "meta". ValueError unless its classes are those that the run was trained
+    with."""
+    with fitting(run["path"]), torch.device("meta"):
+        model = DeepSeekV3(DeepSeekV3Config(**run["config"]))
+        replaced = replaced_classes(model)
+        if run["replaced"] != replaced:
+            before, now = (", ".join(names) or "nothing" for names in (run["replaced"], replaced))
+            raise ValueError(f"{run['path']} was trained with {before} in place of model.py's own classes, "
+                             f"but there is {now} now; replace the same")
+    return model
 
 
-def like(target, tensor):
-    """Rank 0's whole tensor on target's device and, where FSDP shards target, in its shards."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        tensor = tensor.to(target.device, copy=True)        # else it might stay mapped to the file
-    else:
-        tensor = torch.empty_like(tensor, device=target.device)
-    if hasattr(target, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor      # slow to import
-        return distribute_tensor(tensor, target.device_mesh, target.placements)
-    if dist.is_initialized():
-        dist.broadcast(tensor, 0)
-    return tensor
-
-
-def load_weights(model, weights):
-    """Fill a model from a whole state_dict. On ranks other than 0 only the shapes of its tensors matter."""
-    targets = model.state_dict()
-    if missing := targets.keys() - weights.keys():
-        raise ValueError(f"the checkpoint lacks {', '.join(sorted(missing)[:3])} of this model.py; "
-                         "use the model.py that it was trained with")
-    model.load_state_dict({name: like(target, weights[name]) for name, target in targets.items()})
+def load_shards(model, weights):
+    """Fill a model that FSDP has sharded from rank 0's whole state_dict; other ranks' may be on "meta"."""
+    model.load_state_dict({name: shards(weights[name], like) for name, like in model.state_dict().items()})
 
 
 def load_optimizer(optimizer, saved):
-    """The same for an optimizer. Its state is numbered by parameter, in the order of its groups."""
+    """Its state is numbered by parameter, in the order of its groups."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: {key: like(params[i], value) if value.dim() else value.clone()
-                 for key, value in values.items()} for i, values in saved["state"].items()}
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+    if hasattr(params[0], "device_mesh"):
+        saved = {**saved, "state": {i: {key: shards(t, like=params[i]) if t.dim() else t
+                                        for key, t in state.items()} for i, state in saved["state"].items()}}
+    optimizer.load_state_dict(saved)
+
+
+def shards(tensor, like):
+    """Rank 0's whole tensor, on the device of `like` and sharded as that is, if it is."""
+    from torch.distributed.tensor import distribute_tensor      # slow to import
+    tensor = tensor.to(like.device) if dist.get_rank() == 0 else torch.empty_like(tensor, device=like.device)
+    if hasattr(like, "device_mesh"):
+        return distribute_tensor(tensor, like.device_mesh, like.placements)
+    dist.broadcast(tensor, 0)
+    return tensor
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -310,7 +304,7 @@ def released_folder(name):
 
 
 def one_line(e):
-    return " ".join(str(e).split())[:200]
+    return " ".join(str(e).split())[:200] or type(e).__name__
 
 
 # ----------------------------------------------------------------------------------------------- config.json

@@ -40,11 +40,11 @@ from typing import NamedTuple
 import tiktoken
 import torch
 
-from checkpoint import fitting, has_bf16, load_run, pick_device, released_folder, replaced_classes
+from checkpoint import fitting, has_bf16, load_run, model_of_run, pick_device, released_folder
 from data.prepare import Parser
 from data.tokenizer import (Ends, encode, encoding_from_json, ends_of_data, fim_ids, get_tokenizer, read_ends,
                             read_json, token_bytes)
-from model import PREFILL_CHUNK, DeepSeekV3, DeepSeekV3Config, draw, rope_cos_sin, sampling_probs
+from model import PREFILL_CHUNK, DeepSeekV3, draw, rope_cos_sin, sampling_probs
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -185,16 +185,11 @@ def load(path, device, dtype=None, ema=False):
         model = DeepSeekV3.from_pretrained(path, dtype or default_dtype(stored, device), device)
         return Loaded(model, encoding, read_ends(path, encoding), None)
 
-    with fitting(ckpt["path"]), torch.device("meta"):
-        model = DeepSeekV3(DeepSeekV3Config(**ckpt["config"]))
-    if ckpt["replaced"] != replaced_classes(model):
-        replaced = ", ".join(map(str, ckpt["replaced"])) or "nothing"
-        raise ValueError(f"{ckpt['path']} was trained with {replaced} in place of model.py's own; replace "
-                         "the same before you load it")
+    model = model_of_run(ckpt)
     with fitting(ckpt["path"]):
         model.load_state_dict(ckpt["ema" if ema else "model"], assign=True)
-    encoding, model.source_files = encoding_from_json(ckpt["encoding"]), ckpt["source_files"]
-    model.ends = ends_of_data(ckpt["meta"])
+        encoding, model.source_files = encoding_from_json(ckpt["encoding"]), ckpt["source_files"]
+        model.ends = ends_of_data(ckpt["meta"])
     model.to(device, dtype or default_dtype("float32", device))
     return Loaded(model.eval(), encoding, model.ends, model.config.max_position_embeddings)
 

@@ -35,9 +35,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (FORMAT, fitting, has_bf16, keep_best, load_optimizer, load_run, load_weights,
-                        pick_device, read_config, released_folder, replaced_classes, save_run, sole_process,
-                        whole, write_atomically, writing)
+from checkpoint import (FORMAT, fitting, has_bf16, keep_best, load_optimizer, load_run, load_shards,
+                        model_of_run, pick_device, read_config, released_folder, replaced_classes, save_run,
+                        sole_process, write_atomically, writing)
 from data.loader import Validation, open_data
 from data.prepare import Parser
 from data.tokenizer import encoding_from_json, ends_of_data, get_tokenizer, same_ids, token_bytes
@@ -48,8 +48,8 @@ from optim import averaged_model, batch_sizes, make_optimizers, schedule
 # ----------------------------------------------------------------------------------------------------------
 # Settings: every field is a flag
 
-def option(default, help):
-    return field(default=default, metadata={"help": help})
+def option(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass
@@ -62,8 +62,8 @@ class TrainConfig:
     init_from: str = option(None, "fine-tune: a run's folder or ckpt.pt, or a released model's folder or id "
                                   "on the Hugging Face Hub; gives weights, config and tokenizer")
     device: str = option("auto", "cuda, mps or cpu; auto: the first of these that is there")
-    dtype: str = option("auto", "float32 or bfloat16, of the computation; auto: bfloat16 where the device "
-                                "computes in it itself")
+    dtype: str = option("auto", "of the computation; auto: bfloat16 where the device computes in it itself",
+                        choices=("auto", "float32", "bfloat16"))
     fp8: bool = option(False, "multiply in FP8 as the report does (fp8.py); emulated where no kernel runs")
     fp8_pow2: bool = option(False, "with --fp8: all scales are powers of two, as DeepSeek-V3.1 was trained")
     compile: bool = option(None, "torch.compile the model; default: on a GPU")
@@ -77,7 +77,8 @@ class TrainConfig:
                                    "at most 4096; a longer one extends its context with YaRN")
     gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step")
     batch_ramp: bool = option(False, "begin with a fifth of --batch_size, as the report does")
-    optimizer: str = option("adamw", "adamw, or muon for the hidden matrices with adamw for the rest")
+    optimizer: str = option("adamw", "muon: for the hidden matrices, with adamw for the rest",
+                            choices=("adamw", "muon"))
     bf16_moments: bool = option(False, "keep AdamW's moments in bfloat16, as the report does")
     learning_rate: float = option(None, "the peak; with --init_from: 1e-5, more below 1B active parameters")
     ema_decay: float = option(0.0, "of a moving average of the weights, evaluated and saved too (0: none)")
@@ -106,6 +107,7 @@ FREE_OF_WEIGHTS = ("max_position_embeddings", "rope_scaling", "bias_update_speed
 # flags that --resume can't change: the order of the data and the optimizer's state depend on them
 FIXED_ON_RESUME = ("preset", "init_from", "fp8", "fp8_pow2", "seed", "block_size", "batch_ramp",
                    "optimizer", "bf16_moments")
+CHECKPOINTS = "ckpt.pt", "ckpt.prev.pt"
 GIVE_UP_AFTER = 10      # steps in a row whose loss or gradient is not finite
 
 
@@ -131,7 +133,7 @@ def parse_args(argv):
     group = parser.add_argument_group("the model's config (defaults: the preset's)")
     for cls, where in (TrainConfig, parser), (DeepSeekV3Config, group):
         for f in dataclasses.fields(cls):
-            kind = dict(type=kinds.get(f.name, f.type))
+            kind = dict(type=kinds.get(f.name, f.type), choices=f.metadata.get("choices"))
             if f.type is bool:
                 kind = dict(action=argparse.BooleanOptionalAction)
             where.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f.metadata.get("help"), **kind)
@@ -145,43 +147,45 @@ def settings(given):
     flags = {key: value for key, value in given.items() if key in own}
     model_flags = {key: value for key, value in given.items() if key not in own}
     out_dir, ckpt = Path(given.get("out_dir", TrainConfig.out_dir)), None
-    earlier = [out_dir / name for name in ("ckpt.pt", "ckpt.prev.pt", "best.pt") if (out_dir / name).exists()]
+    earlier = [out_dir / name for name in (*CHECKPOINTS, "best.pt") if (out_dir / name).exists()]
     if given.get("resume"):
         ckpt = load_run(out_dir)
-        with fitting(ckpt["path"]):
-            saved = ckpt["config"] | ckpt["train_config"]
-            cfg, config = TrainConfig(**ckpt["train_config"] | flags), DeepSeekV3Config(**ckpt["config"])
+        config, base = model_of_run(ckpt).config, ckpt["train_config"]
         for key, value in given.items():
-            if (key in model_flags or key in FIXED_ON_RESUME) and value != saved.get(key):
-                raise ValueError(f"--{key} {value} contradicts {ckpt['path']}, trained with {key}="
-                                 f"{saved.get(key)}; leave it out, or start a new run in another --out_dir")
+            saved = getattr(config, key) if key in model_flags else base.get(key)
+            if (key in model_flags or key in FIXED_ON_RESUME) and value != saved:
+                raise ValueError(f"--{key} {value} contradicts {ckpt['path']}, trained with {key}={saved}; "
+                                 "leave it out, or start a new run in another --out_dir")
     elif earlier:
         raise ValueError(f"{earlier[0]} holds an earlier run; continue it with --resume, or start a new one "
                          "in another --out_dir")
     elif "init_from" in given:
-        flags["init_from"] = str(released_folder(given["init_from"]))
-        config, ckpt = read_source(Path(flags["init_from"]))
+        source = released_folder(given["init_from"])
+        if source.is_file() or any((source / name).exists() for name in CHECKPOINTS):
+            ckpt = load_run(source)
+        config = model_of_run(ckpt).config if ckpt else read_config(source)
         if "preset" in given:
             raise ValueError("--preset and --init_from contradict: both give a config; leave one out")
         for name in model_flags.keys() - set(FREE_OF_WEIGHTS):
             raise ValueError(f"--{name} can't be given with --init_from, as the weights of "
                              f"{given['init_from']} decide it; only {', '.join(FREE_OF_WEIGHTS)} can")
-        trained = ckpt["train_config"]["block_size"] if ckpt else config.max_position_embeddings
-        defaults = {**FINETUNE, "block_size": min(trained, 4096), "learning_rate": finetuning_rate(config)}
-        cfg, before = TrainConfig(**defaults | flags), config.max_position_embeddings
-        if cfg.block_size > before and not model_flags.keys() & {"rope_scaling", "max_position_embeddings"}:
-            model_flags |= extend_context(config, cfg.block_size)
-            say(f"context extended from {before} to {cfg.block_size} tokens with YaRN: "
+        longest = config.max_position_embeddings
+        trained = ckpt["train_config"]["block_size"] if ckpt else longest
+        base = {**FINETUNE, "block_size": min(trained, 4096), "learning_rate": finetuning_rate(config)}
+        length = flags.get("block_size", 0)
+        if length > longest and not model_flags.keys() & {"rope_scaling", "max_position_embeddings"}:
+            model_flags |= extend_context(config, length)
+            say(f"context extended from {longest} to {length} tokens with YaRN: "
                 f"{model_flags['rope_scaling']}")
-        config = dataclasses.replace(config, **model_flags)
+        flags["init_from"] = str(source)
     else:
         on_gpu = torch.cuda.is_available() and given.get("device", "auto") in ("auto", "cuda")
         preset = given.get("preset", "mini" if on_gpu else "tiny")
-        config = DeepSeekV3Config.preset(preset)
-        cfg = TrainConfig(**RECIPES[preset] | flags | {"preset": preset})
+        config, base = DeepSeekV3Config.preset(preset), {**RECIPES[preset], "preset": preset}
         # the trained length travels with the model: positions beyond it are noise
-        trained = {"max_position_embeddings": max(cfg.block_size, 2)}
-        config = dataclasses.replace(config, **trained | model_flags)
+        trained = max((base | flags)["block_size"], 2)
+        model_flags = {"max_position_embeddings": trained} | model_flags
+    cfg, config = TrainConfig(**base | flags), dataclasses.replace(config, **model_flags)
     check(cfg, config, ckpt)
     return cfg, config, ckpt
 
@@ -195,10 +199,6 @@ def check(cfg, config, ckpt):
         *((getattr(cfg, name) < 1, f"--{name} must be at least 1, got {getattr(cfg, name)}")
           for name in ("max_iters", "batch_size", "block_size", "gradient_accumulation_steps",
                        "eval_interval", "log_interval")),
-        (cfg.optimizer not in ("adamw", "muon"),
-         f"--optimizer {cfg.optimizer!r} is unknown; choose adamw or muon"),
-        (cfg.dtype not in ("auto", "float32", "bfloat16"),
-         f"--dtype {cfg.dtype!r} is unknown; choose float32 or bfloat16"),
         (not 0 < cfg.learning_rate < math.inf,
          f"--learning_rate must be a finite number over 0, got {cfg.learning_rate}"),
         (not 0 <= cfg.seed < 2**63, f"--seed must be from 0 to 2^63 - 1, got {cfg.seed}"),
@@ -229,15 +229,6 @@ def check(cfg, config, ckpt):
             raise ValueError(sentence)
 
 
-def read_source(path):
-    """--init_from -> the model's config and, where it is a run and not a released model, its checkpoint."""
-    if path.is_file() or any((path / file).exists() for file in ("ckpt.pt", "ckpt.prev.pt")):
-        ckpt = load_run(path)
-        with fitting(ckpt["path"]):
-            return DeepSeekV3Config(**ckpt["config"]), ckpt
-    return read_config(path), None
-
-
 def finetuning_rate(config):
     """1e-5 from 1B active parameters on, as is usual for released models. Below, the rate is proportional to
     their number to the power of -2/3, up to 1e-3 for a million. (A tiny run tuned for 20 steps on other text
@@ -263,25 +254,19 @@ def extend_context(config, length):
 def build_model(cfg, config, device, dtype, ckpt):
     """The model to train. New, released and saved weights reach it by one path: under FSDP, rank 0 holds them
     whole on the CPU, and the shards of all ranks receive them."""
-    place = device
-    if cfg.fsdp:
-        place = torch.device("cpu" if dist.get_rank() == 0 and not ckpt else "meta")
+    place = torch.device("meta" if ranks()[0] else "cpu") if cfg.fsdp else device
     if cfg.init_from and not ckpt and place.type != "meta":
         changes = {name: getattr(config, name) for name in FREE_OF_WEIGHTS}
         model = DeepSeekV3.from_pretrained(cfg.init_from, torch.float32, place, **changes).train()
     else:
         with place:
             model = DeepSeekV3(config)
-    source_files = ckpt["source_files"] if ckpt else getattr(model, "source_files", {})
-    if cfg.fsdp:
-        configs = [model.config]        # a release may lack its MTP modules, which only rank 0 has seen
-        dist.broadcast_object_list(configs)
-        weights, model = model.state_dict(), sharded_model(configs[0], device, dtype)
-        load_weights(model, ckpt["model"] if ckpt else weights)
-    elif ckpt:
+    if ckpt and place.type != "meta":
         with fitting(ckpt["path"]):
-            load_weights(model, ckpt["model"])
-    model.source_files = source_files
+            model.load_state_dict(ckpt["model"])
+            model.source_files = ckpt["source_files"]
+    if cfg.fsdp:
+        model = sharded(model, device, dtype)
     if cfg.fp8:
         from fp8 import convert_to_fp8      # imports Triton, if it is there
         convert_to_fp8(model, cfg.fp8_pow2)
@@ -290,13 +275,16 @@ def build_model(cfg, config, device, dtype, ckpt):
     return model
 
 
-def sharded_model(config, device, dtype):
-    """FSDP2: each rank keeps a share of every weight. A block's weights are gathered when it computes, in the
-    dtype of the computation, and then dropped; gradients are summed in fp32. Weights are uninitialized."""
+def sharded(whole, device, dtype):
+    """FSDP2: each rank keeps a share of every weight of rank 0's whole model. A block's weights are gathered
+    when it computes, in the dtype of the computation, and then dropped; gradients are summed in fp32."""
     from torch.distributed.device_mesh import init_device_mesh      # slow to import
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    configs = [whole.config]        # a release may lack its MTP modules, which only rank 0 has seen
+    dist.broadcast_object_list(configs)
     with torch.device("meta"):
-        model = DeepSeekV3(config)
+        model = DeepSeekV3(configs[0])
+    model.source_files = whole.source_files
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
@@ -307,7 +295,8 @@ def sharded_model(config, device, dtype):
             fully_shard(block.shared_head.norm, mesh=mesh)      # runs after the block has dropped its weights
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)       # embedding, final norm and head stay in fp32
-    return model.to_empty(device=device)
+    load_shards(model.to_empty(device=device), whole.state_dict())
+    return model
 
 
 def recompute(model):
@@ -373,25 +362,27 @@ def forward_backward(model, batches, count, lam, autocast, doc_ids):
 # ----------------------------------------------------------------------------------------------------------
 # Around the run
 
-class Signals:
-    """Ctrl-C, SIGTERM and SIGHUP (a closed terminal) set `came`: the step ends and the run is saved. A second
-    one ends the process at once, but not under torchrun, which repeats what the terminal has already sent."""
+@contextlib.contextmanager
+def caught_signals():
+    """-> a list that Ctrl-C, SIGTERM and SIGHUP (a closed terminal) add to, unless they are ignored, as nohup
+    has it. A second one ends the process at once, but not under torchrun, which repeats what the terminal has
+    already sent."""
+    caught = []
 
-    def __enter__(self):
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        self.came, self.before = False, {number: signal.getsignal(number) for number in numbers}
-        for number, handler in self.before.items():
-            if number in (signal.SIGINT, signal.SIGTERM) or handler != signal.SIG_IGN:      # nohup
-                signal.signal(number, self.on_signal)
-        return self
-
-    def on_signal(self, number, frame):
-        self.came = True
+    def on_signal(number, frame):
+        caught.append(number)
         if ranks()[1] == 1:
             signal.signal(number, signal.SIG_DFL)
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, on_signal)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -429,12 +420,11 @@ def warn_of_memory(model, cfg, device, dtype):
              + 2 * c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim))
     activations = cfg.batch_size * cfg.block_size * len(model.model.layers) * width * dtype.itemsize
     need = 16 * sum(p.numel() for p in model.parameters()) / (ranks()[1] if cfg.fsdp else 1) + activations
+    have = math.inf     # of Windows nothing is known
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory
     elif hasattr(os, "sysconf"):
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return
     if need > have:
         say(f"warning: a step with --batch_size {cfg.batch_size} and --block_size {cfg.block_size} needs "
             f"about {need / 2**30:.0f} GB, and this {device.type} has {have / 2**30:.0f}; lower one of them")
@@ -487,20 +477,6 @@ def evaluation(val):
     return text
 
 
-def save(out_dir, run, model, optimizers, ema):
-    """Write the whole run to ckpt.pt, and to best.pt if no earlier loss was lower. All ranks call it."""
-    tensors = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    if ema:
-        tensors["ema"] = ema.module.state_dict()
-    tensors, (rank, world) = whole(tensors), ranks()
-    if rank == 0:
-        save_run(out_dir, {**run, **tensors, "rng_state": torch.get_rng_state()})
-        if run["state"]["best"]["iter"] == run["state"]["step"]:
-            keep_best(out_dir / "ckpt.pt")
-    if world > 1:       # torchrun ends all ranks when one ends, so none may before the file is there
-        dist.barrier()
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The run
 
@@ -525,10 +501,6 @@ def train(given, on_log):
                              f"{cfg.init_from} --out_dir DIR")
     with torch.device("meta"):
         replaced = replaced_classes(DeepSeekV3(config))
-    if ckpt and ckpt["replaced"] != replaced:
-        before, now = (", ".join(names) or "nothing" for names in (ckpt["replaced"], replaced))
-        raise ValueError(f"{ckpt['path']} was trained with {before} in place of model.py's own, but this "
-                         f"script has {now}; replace the same")
     validation = Validation(Path(cfg.data_dir, "val.bin"), meta, encoding, cfg.block_size)
     if rank == 0 and cfg.resume and ckpt["path"] != str(out_dir / "ckpt.pt"):
         if (out_dir / "ckpt.pt").exists():
@@ -556,7 +528,7 @@ def train(given, on_log):
             for optimizer, saved in zip(optimizers, ckpt["optimizers"], strict=True):
                 load_optimizer(optimizer, saved)
             if ema and "ema" in ckpt:
-                load_weights(ema.module, ckpt["ema"])
+                ema.module.load_state_dict(ckpt["ema"])
                 ema.n_averaged.fill_(state["averaged"])
             torch.set_rng_state(ckpt["rng_state"])
     ckpt, model = None, raw_model       # frees the checkpoint's tensors
@@ -585,7 +557,7 @@ def train(given, on_log):
     batches = micro_batches(data, coming, cfg.gradient_accumulation_steps, state["samples"], device)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     reused_weights = contextlib.nullcontext
-    if cfg.fp8 and (cfg.recompute or cfg.gradient_accumulation_steps > 1):
+    if cfg.fp8:
         from fp8 import quantized_once
         reused_weights = partial(quantized_once, raw_model)
     doc_ids = partial(document_ids, meta["separator"] if cfg.mask_documents else None)
@@ -611,14 +583,14 @@ def train(given, on_log):
     # The loop
     stop, skipped_in_a_row = False, 0
     timer, timed_from = time.monotonic(), state["samples"]
-    with Signals() as signals:
+    with caught_signals() as signals:
         while state["step"] < cfg.max_iters and not stop:
             step = state["step"]
             lr, gamma, lam = schedule(float(sequences[step] / sequences[-1]))
             with reused_weights():
                 losses, load = forward_backward(model, batches, cfg.gradient_accumulation_steps,
                                                 config.mtp_loss_weight * lam, autocast, doc_ids)
-            came = torch.tensor([float(signals.came)], device=device)
+            came = torch.tensor([float(bool(signals))], device=device)
             losses = torch.cat([losses / (cfg.gradient_accumulation_steps * world), came])
             if world > 1:       # the same sums on all ranks, so that all decide alike what follows
                 dist.all_reduce(losses)
@@ -648,7 +620,7 @@ def train(given, on_log):
             samples = int(sizes[step]) * world * cfg.gradient_accumulation_steps
             state["step"], state["samples"] = step + 1, state["samples"] + samples
             if skipped_in_a_row == GIVE_UP_AFTER:
-                save(out_dir, run, raw_model, optimizers, ema)
+                save_run(out_dir, run, raw_model, optimizers, ema)
                 raise ValueError(
                     f"loss or gradient were not finite {GIVE_UP_AFTER} times in a row, up to step {step + 1} "
                     f"(samples {state['samples'] - samples} to {state['samples'] - 1}); {out_dir}/ckpt.pt "
@@ -686,14 +658,14 @@ def train(given, on_log):
                     on_log(entry, load)
                 write_log(log_file, entry)
             if evaluate:        # saved before it is printed
-                save(out_dir, run, raw_model, optimizers, ema)
+                save_run(out_dir, run, raw_model, optimizers, ema)
                 if "sample" in entry:
                     say(f"{name} | sample {entry['sample']!r}")
                 say(f"{name} | {evaluation(val)} | saved {out_dir / 'ckpt.pt'}")
             timer, timed_from = time.monotonic(), state["samples"]
 
         if state["step"] < cfg.max_iters:
-            save(out_dir, run, raw_model, optimizers, ema)
+            save_run(out_dir, run, raw_model, optimizers, ema)
             say(f"interrupted at step {state['step']}; saved {out_dir / 'ckpt.pt'}. Continue with: "
                 f"python train.py --resume --out_dir {out_dir}")
             sys.exit(130)

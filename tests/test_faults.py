@@ -90,21 +90,19 @@ def test_a_checkpoint_of_another_format_is_refused(copy):
     for format in 1, None:
         torch.save({**run, "format": format}, copy / "ckpt.pt")
         assert "not a checkpoint of this version of train.py" in refused("--resume", "--out_dir", copy)
-    (copy / "ckpt").mkdir()
-    assert "sharded checkpoint of an older train.py" in refused("--ckpt", copy, main=sample.main)
+    assert "not a checkpoint of this version" in refused("--ckpt", copy, main=sample.main)
 
 
 @pytest.mark.parametrize("key, value", [
-    ("config", None), ("config", []), ("config", {"hidden_size": "x"}), ("config", {"no_such_field": 1}),
-    ("model", {}), ("model", 3), ("model", "other shapes"), ("replaced", 5), ("encoding", None),
-    ("meta", None), ("source_files", None)])
+    ("config", None), ("config", {"hidden_size": "x"}), ("config", {"no_such_field": 1}), ("model", {}),
+    ("model", "other shapes"), ("replaced", 5)])
 def test_a_checkpoint_of_absurd_contents_is_refused(copy, key, value):
     run = checkpoint.load_run(copy / "ckpt.pt")
     if value == "other shapes":
         value = {name: t.flatten() for name, t in run["model"].items()}
     torch.save({**run, key: value}, copy / "ckpt.pt")
     for flags in ["--resume", "--out_dir", copy], ["--init_from", copy, "--out_dir", copy / "new"]:
-        assert "this version of" in (said := refused(*flags)) or "of this model.py" in said
+        assert "this version of" in refused(*flags)
     assert "this version of" in refused("--ckpt", copy, main=sample.main)
 
 
@@ -160,8 +158,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(data_dir, run_dir, co
 def test_both_damaged_is_one_sentence(copy):
     flip(copy / "ckpt.pt"), flip(copy / "ckpt.prev.pt")
     before = {p.name: p.read_bytes() for p in copy.iterdir()}
-    assert "ckpt.prev.pt, the one before it, is damaged too" in refused("--resume", "--out_dir", copy)
-    assert "damaged too" in refused("--ckpt", copy, main=sample.main)
+    assert "ckpt.prev.pt is damaged" in refused("--resume", "--out_dir", copy)
+    assert "ckpt.prev.pt is damaged" in refused("--ckpt", copy, main=sample.main)
     assert before == {p.name: p.read_bytes() for p in copy.iterdir()}
 
 
@@ -172,14 +170,14 @@ def test_an_earlier_run_is_not_overwritten_even_if_only_its_first_checkpoint_is_
 
 def test_a_checkpoint_that_reads_back_wrong_replaces_nothing(copy, monkeypatch):
     before = {p.name: p.read_bytes() for p in copy.iterdir()}
-    save = checkpoint.torch_save
+    save = torch.save
 
     def flipping(run, f):
         save(run, f)
         f.seek(100_000)
         f.write(b"bad")
 
-    monkeypatch.setattr(checkpoint, "torch_save", flipping)
+    monkeypatch.setattr(torch, "save", flipping)
     assert "can't be written (" in refused("--resume", "--out_dir", copy, "--max_iters", 6)
     after = {p.name: p.read_bytes() for p in copy.iterdir()}
     assert all(before[n] == after[n] for n in ("ckpt.pt", "ckpt.prev.pt")) and before.keys() == after.keys()
@@ -362,7 +360,7 @@ def killed(pid):
 
 # moments that chance would seldom hit: before a write, before the rename of the log, of the old checkpoint,
 # of the new one (there is no ckpt.pt then), and of the next ones
-points = [(checkpoint, "torch_save", 2), (os, "fsync", 2), (checkpoint, "check_zip", 2)]
+points = [(torch, "save", 2), (os, "fsync", 2), (checkpoint, "check_zip", 2)]
 points += [(os, "replace", n) for n in (2, 1, 3, 2, 3, 4, 5)]
 kills = 0
 for i in range(20):

@@ -211,7 +211,8 @@ def test_what_is_wrong_is_said_in_one_sentence(data_dir, tmp_path, torchrun):  #
     _, err = torchrun(2, tmp_path / "out", "--max_iters", 0)[1](1)
     assert err == ["train.py: --max_iters must be at least 1, got 0\n", lost]
     assert not (tmp_path / "out").exists()
-    full = "train.save_run = lambda *a: (_ for _ in ()).throw(OSError('the disk is full'))"
+    full = ("import checkpoint\n"
+            "checkpoint.write_atomically = lambda *a: (_ for _ in ()).throw(OSError('the disk is full'))")
     _, err = torchrun(2, tmp_path / "out", "--max_iters", 3, "--eval_interval", 1, patch=full)[1](1)
     assert err == ["train.py: the disk is full\n", lost]
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"

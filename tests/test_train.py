@@ -390,7 +390,7 @@ def test_an_fp8_run_with_bf16_moments_resumes_bit_for_bit(data_dir, tmp_path, mo
 def test_the_best_checkpoint_is_kept(data_dir, tmp_path, monkeypatch):
     """Losses are made up; a run is resumed after its best step, and after a kill between the two files."""
     losses = {1: 5.0, 2: 3.0, 3: 4.0, 4: math.nan, 5: 3.5, 6: 2.0, 7: 2.5}
-    steps, save = iter(losses), train.save_run
+    steps = iter(losses)
     monkeypatch.setattr(Validation, "evaluate", lambda *_: {"val_loss": losses[next(steps)], "val_bpb": 1.0})
     best = lambda: step_of(tmp_path / "best.pt")
     ok(data_dir, tmp_path, "--max_iters", 3, "--eval_interval", 1)
@@ -398,15 +398,13 @@ def test_the_best_checkpoint_is_kept(data_dir, tmp_path, monkeypatch):
     ok(data_dir, tmp_path, "--max_iters", 5, "--eval_interval", 1, "--resume")
     assert best() == 2 and [("sample" in e) for e in log(tmp_path)] == [True, True, True, False, True]
 
-    def killed(*args):
-        save(*args)
+    def killed(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_run", killed)
-    with pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("checkpoint.keep_best", killed)
         ok(data_dir, tmp_path, "--max_iters", 7, "--eval_interval", 1, "--resume")
     assert best() == 2 and checkpoint(tmp_path)["state"]["step"] == 6
-    monkeypatch.setattr(train, "save_run", save)
     ok(data_dir, tmp_path, "--max_iters", 7, "--eval_interval", 1, "--resume")
     assert best() == 6 and checkpoint(tmp_path)["state"]["step"] == 7 and not list(tmp_path.glob("*.tmp"))
     (tmp_path / "ckpt.pt").unlink()     # back to step 6, the best
