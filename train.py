@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import json
 import math
@@ -395,15 +394,6 @@ def say(text):
         signal.raise_signal(signal.SIGTERM)
 
 
-def keep_freed_memory():
-    """glibc returns each large buffer to the kernel when it is freed, and pays page faults when the next step
-    asks for it again: about a tenth of a small model's step on a CPU. Tell it to keep them."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):       # another C library has no such habit
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)          # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)      # M_TRIM_THRESHOLD
-
-
 def peak_flops(device):
     """Dense bf16 FLOP/s of the card, from its maker's data sheet, or None where unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -510,8 +500,6 @@ def train(given, on_log):
         dist.broadcast(torch.zeros(1), 0)
 
     # Model and optimizers: new, released or saved weights
-    if device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")      # TF32 for what stays in fp32 on a GPU
     if cfg.deterministic:       # cuBLAS may differ from run to run without it

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench_decode import BENCH, transformers_model  # noqa: E402
 from model import DeepSeekV3, DeepSeekV3Config  # noqa: E402
 from runs import command_line  # noqa: E402
-from train import keep_freed_memory, peak_flops  # noqa: E402
+from train import peak_flops  # noqa: E402
 
 BATCH, T, REPEATS = 8, 256, 5
 FOUR_LAYERS = dataclasses.replace(DeepSeekV3Config.preset("16b"), num_hidden_layers=4,
@@ -196,5 +196,4 @@ if __name__ == "__main__":
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--presets", action="store_true")
     args = parser.parse_args()
-    keep_freed_memory()
     table() if args.table else presets() if args.presets else beside_transformers()
