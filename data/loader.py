@@ -1,4 +1,6 @@
-"""From a folder that data/prepare.py wrote to batches of windows for training, and to the validation loss."""
+"""
+From a folder that data/prepare.py wrote to batches of windows for training, and to the validation loss.
+"""
 
 import json
 import math
@@ -13,16 +15,9 @@ from data.tokenizer import encoding_from_json, token_lengths
 
 
 def open_bin(path, meta):
-    """The tokens of a .bin file, (n,) uint16 or uint32, mapped from disk."""
-    return mapped(path, np.dtype(meta["dtype"]), meta)
-
-
-def open_mask(path, meta):
-    """(n,) bool: which tokens of a .bin file with pairs are to be predicted; None if all are."""
-    return mapped(path.with_suffix(".mask"), np.dtype(bool), meta) if meta.get("pairs") else None
-
-
-def mapped(path, dtype, meta):
+    """Maps a .bin file from disk: its tokens, (n,) uint16 or uint32. Of a .mask file: which tokens of the .bin
+    file beside it are to be predicted, (n,) bool; only data with pairs have one."""
+    dtype = np.dtype(bool if path.suffix == ".mask" else meta["dtype"])
     size = path.stat().st_size
     expected = meta.get(f"{path.stem}_tokens", size // dtype.itemsize) * dtype.itemsize     # if recorded
     if size != expected:
@@ -35,11 +30,13 @@ class Tokens:
     """The windows of a .bin file, in an order that depends on the seed and the sample's number only.
 
     Each epoch cuts the file at a random offset into windows that don't overlap, and shuffles them. Sample n
-    is the same whatever came before, so a resumed run needs nothing but n. """
+    is the same whatever came before, so a resumed run needs nothing but n.
+    """
 
     def __init__(self, path, meta, block_size, vocab_size, seed):
         self.path, self.T, self.vocab_size, self.seed = path, block_size, vocab_size, seed
-        self.tokens, self.mask = open_bin(path, meta), open_mask(path, meta)
+        self.tokens = open_bin(path, meta)
+        self.mask = open_bin(path.with_suffix(".mask"), meta) if meta.get("pairs") else None
         if len(self.tokens) <= block_size:
             raise ValueError(f"{path} holds {len(self.tokens)} tokens, too few for a window of --block_size "
                              f"{block_size} and a token after it; give more data or a smaller block")
@@ -87,12 +84,10 @@ def open_data(cfg, config, vocab_size_given, rank=0):
         print(f"{data_dir} has no data yet: preparing {data_dir.name}")
         prepare(data_dir, data_dir.name, again=False)
     for name in ("meta.json", "encoding.json", "train.bin", "val.bin"):
-        if not (data_dir / name).is_file():
-            missing = f"has no {name}" if data_dir.exists() else "does not exist"
+        if not (data_dir / name).is_file() or not (data_dir / name).stat().st_size:
+            missing = f"has no {name}, or it is empty" if data_dir.exists() else "does not exist"
             raise ValueError(f"{data_dir} {missing}; prepare your text with: python data/prepare.py "
                              f"--input FILE_OR_DIR --out_dir {data_dir}")
-        if not (data_dir / name).stat().st_size:
-            raise ValueError(f"{data_dir / name} is empty; delete the folder and prepare the data again")
     meta = read_meta(data_dir / "meta.json")
     encoding = (data_dir / "encoding.json").read_text(encoding="utf-8")
     if not vocab_size_given:
@@ -108,7 +103,8 @@ class Validation:
     """Mean loss over the validation split, or its first 256 KB of text.
 
     Every token is predicted exactly once, except those of prompts: windows overlap by one token, and the
-    first one starts with a separator. """
+    first one starts with a separator.
+    """
 
     def __init__(self, path, meta, encoding, block_size):
         lengths, separator = token_lengths(encoding_from_json(encoding)), meta["separator"]
@@ -117,8 +113,9 @@ class Validation:
             raise ValueError(f"{path} holds token {tokens.max()}, outside the tokenizer's vocabulary of "
                              f"{len(lengths)}; prepare the data again")
         tokens = tokens[:np.searchsorted(lengths[tokens].cumsum(), 2**18, side="right")]
-        mask = open_mask(path, meta)
-        targets = tokens.copy() if mask is None else np.where(mask[:len(tokens)], tokens, -100)
+        targets = tokens.copy()
+        if meta.get("pairs"):
+            targets[~open_bin(path.with_suffix(".mask"), meta)[:len(tokens)]] = -100
         start = int(tokens[0] == separator)
         tokens, targets = np.concatenate([[separator], tokens[start:]]), targets[start:]
         self.n, self.bytes = int((targets != -100).sum()), int(lengths[targets[targets != -100]].sum())

@@ -1,4 +1,5 @@
-"""Text in, tokens out: writes train.bin, val.bin, encoding.json and meta.json for train.py.
+"""
+Text in, tokens out: writes train.bin, val.bin, encoding.json and meta.json for train.py.
 
     python data/prepare.py                              # Python's own source as bytes: nothing to download
     python data/prepare.py --source shakespeare
@@ -46,12 +47,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 
 sys.path.insert(0, str(Path(__file__).parent.parent))   # this file runs as a script and imports as a module
 
-from data.tokenizer import BYTES, FIM, Ends, encode, encoding_to_json, fim_ids, get_tokenizer  # noqa: E402
-from data.tokenizer import read_ends, with_special_tokens  # noqa: E402
+from data.tokenizer import (BYTES, FIM, blame, encode, encoding_to_json, fim_ids, get_tokenizer,  # noqa: E402
+                            read_ends, with_special_tokens)
 
 SOURCES = ("stdlib", "shakespeare", "fineweb")
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -61,9 +61,9 @@ STDLIB_SKIP = ("site-packages", "dist-packages", "__pycache__", "test", "tests",
 TABLES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".ipynb", ".xlsx")
 FILES = ("train.bin", "val.bin", "train.mask", "val.mask", "encoding.json", "meta.json")
 
+
 # ------------------------------------------------------------------------------------------------------------
 # Sources
-
 
 class Document(NamedTuple):
     text: bytes                 # valid UTF-8, kept to the byte (CRLF too)
@@ -71,25 +71,18 @@ class Document(NamedTuple):
     prompt: bytes | None = None     # of a pair: precedes the text and is not trained on
 
 
-def documents(source: str, input, out_dir: Path):
-    """An iterator of Documents."""
+def documents(source, input, out_dir):
+    """An iterator over the Documents of a source, or of the file or folder `input`."""
     if input is not None:
         path = Path(input)
-        if path.is_dir():
-            return folder(path, "*", (".*",), out_dir)
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"no input {path}: there is no such file or folder")
-        if path.suffix.lower() in TABLES:
+        if path.is_file() and path.suffix.lower() in TABLES:
             raise ValueError(f"input {path} is a table or markup, not text: write it as {path.stem}.jsonl, "
                              'an object per line: {"text": ...} or {"prompt": ..., "completion": ...}')
-        if path.suffix.lower() == ".jsonl":
-            return json_lines(path)
-        raw = path.read_bytes()
-        if fault := text_fault(raw):
-            raise ValueError(f"input {path} {fault}")
-        return iter([Document(raw, str(path))])
+        return files(path, "*", (".*",), out_dir)
     if source == "stdlib":
-        return folder(Path(sysconfig.get_paths()["stdlib"]), "*.py", STDLIB_SKIP, out_dir)
+        return files(Path(sysconfig.get_paths()["stdlib"]), "*.py", STDLIB_SKIP, out_dir)
     if source == "shakespeare":
         return shakespeare()
     if source == "fineweb":
@@ -97,25 +90,15 @@ def documents(source: str, input, out_dir: Path):
     raise ValueError(f"no source {source}: give {', '.join(SOURCES)}")
 
 
-def text_fault(raw: bytes) -> str | None:
-    """Why raw is not a text."""
-    try:
-        raw.decode()
-    except UnicodeDecodeError as error:
-        return f"is not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8"
-    if b"\0" in raw:
-        return f"is binary, not text: byte {raw.index(0)} is NUL"
-    return None if raw else "is empty"
-
-
-def folder(root: Path, pattern: str, skip: tuple, out_dir: Path):
-    """The texts in the files below root that fit pattern, without files and folders that fit skip."""
-    paths, odd, found = [], [], False
+def files(root, pattern, skip, out_dir):
+    """The Documents in a file, or in the files below a folder that fit pattern, but neither they nor their
+    folders skip. Files that are not text are skipped and counted."""
+    paths, odd, found = [root] if root.is_file() else [], [], False
     for where, folders, names in os.walk(root):
+        for listed in folders, names:
+            listed[:] = [name for name in listed if not any(fnmatch.fnmatchcase(name, s) for s in skip)]
         own = FILES if Path(where).resolve() == out_dir.resolve() else ()   # our output is not our input
-        skipped = {n for n in folders + names if n in own or any(fnmatch.fnmatchcase(n, s) for s in skip)}
-        folders[:] = [n for n in folders if n not in skipped]
-        paths += [Path(where, n) for n in fnmatch.filter(names, pattern) if n not in skipped]
+        paths += [Path(where, name) for name in fnmatch.filter(names, pattern) if name not in own]
     for path in progress(sorted(paths, key=lambda p: p.relative_to(root).as_posix()), f"reading {root}"):
         if not path.is_file() or not path.stat().st_size:
             continue
@@ -127,13 +110,23 @@ def folder(root: Path, pattern: str, skip: tuple, out_dir: Path):
         else:
             yield Document(raw, str(path))
             found = True
+    if not found:
+        raise ValueError(f"no text in {root}: {odd[0] if odd else 'name some with --input FILE_OR_DIR'}")
     if odd:
         print(f"skipped: {odd[0]}" + f" (and {len(odd) - 1} more like it)" * (len(odd) > 1))
-    if not found:
-        raise ValueError(f"no text in {root}: name some with --input FILE_OR_DIR")
 
 
-def json_lines(path: Path):
+def text_fault(raw):
+    """Why bytes are not a text; None if they are."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8"
+    return f"is binary, not text: byte {raw.index(0)} is NUL" if b"\0" in raw else None
+
+
+def json_lines(path):
+    """The Documents in a .jsonl file. ValueError names a malformed line."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             name, entry = f"{path}, line {number}", None
@@ -176,7 +169,7 @@ def fineweb():
             break
 
 
-def progress(items, what: str):
+def progress(items, what):
     """items, with progress on a terminal: tqdm's bar where it is installed, else a line now and then."""
     shown = sys.stderr and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     try:
@@ -192,19 +185,19 @@ def progress(items, what: str):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Tokens
 
-
-def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.0, again=True) -> dict | None:
-    """Tokenises a source, or the file or folder `input`, into out_dir. With again=False, data that out_dir
+def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.0, again=True):
+    """Tokenise a source, or the file or folder `input`, into out_dir. With again=False, data that out_dir
     holds already stay.
 
-    Returns the contents of meta.json: dtype, vocab_size, tokenizer, separator, bos, eos, add_bos (ids, see
-    Ends), max_token (the highest id in the data), source, documents, pairs, bytes_per_token,
-    {train,val}_tokens, {train,val}_bytes, {train,val}.bin_crc32 (by which a resumed run knows its data),
-    fim_rate, fim_documents.
+    Returns what meta.json holds: dtype, vocab_size, tokenizer, separator, bos, eos, add_bos (ids, see Ends),
+    max_token (the highest id in the data), source, documents, pairs, bytes_per_token, {train,val}_tokens,
+    {train,val}_bytes, {train,val}.bin_crc32 (by which a resumed run knows its data), fim_rate, fim_documents.
 
-    Raises ValueError for bad input, OSError or ImportError; an earlier dataset in out_dir is then untouched.
-    Memory: one document with its tokens at a time. """
+    ValueError for bad input, OSError or ImportError; an earlier dataset in out_dir is then untouched. Memory:
+    one document with its tokens at a time.
+    """
     out_dir = Path(out_dir)
     if not 0 <= fim_rate <= 1:
         raise ValueError(f"--fim_rate must be from 0 to 1, got {fim_rate}")
@@ -212,19 +205,20 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
     ends = read_ends(tokenizer, enc)
     if fim_rate:
         enc = with_special_tokens(enc, FIM)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with alone_in(out_dir):
+    with staging(out_dir) as staged:
         if not again and (out_dir / "meta.json").is_file():     # another process was faster
             return None
-        with tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir) as staged:    # removed if we fail
-            staged = Path(staged)
-            meta = {"dtype": "uint16" if enc.n_vocab <= 1 << 16 else "uint32", "vocab_size": enc.n_vocab,
-                    "tokenizer": enc.name, "separator": ends.eos[0], "bos": ends.bos, "eos": list(ends.eos),
-                    "add_bos": ends.add_bos, "source": Path(input).name if input else source}
-            meta |= write_tokens(docs, enc, ends, meta["dtype"], staged, fim_rate)
-            (staged / "encoding.json").write_text(encoding_to_json(enc), encoding="utf-8")
-            (staged / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-            publish(staged, out_dir)
+        meta = {"dtype": "uint16" if enc.n_vocab <= 1 << 16 else "uint32", "vocab_size": enc.n_vocab,
+                "tokenizer": enc.name, "separator": ends.eos[0], "bos": ends.bos, "eos": list(ends.eos),
+                "add_bos": ends.add_bos, "source": Path(input).name if input else source}
+        meta |= write_tokens(docs, enc, ends, meta["dtype"], staged, fim_rate)
+        (staged / "encoding.json").write_text(encoding_to_json(enc), encoding="utf-8")
+        (staged / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        for name in reversed(FILES):    # meta.json goes first and comes last: a folder that has it is whole
+            (out_dir / name).unlink(missing_ok=True)
+        for name in FILES:
+            if (staged / name).exists():
+                os.replace(staged / name, out_dir / name)
     print(f"{out_dir}: {meta['train_tokens']:,} train + {meta['val_tokens']:,} val tokens from "
           f"{meta['documents']:,} documents")
     print(f"vocabulary {enc.n_vocab:,} ({enc.name}), {meta['bytes_per_token']:.2f} bytes/token, "
@@ -235,8 +229,9 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
 
 
 @contextlib.contextmanager
-def alone_in(out_dir: Path):
-    """Waits for other preparations of the folder, and removes what a killed one left."""
+def staging(out_dir):
+    """A temporary folder in out_dir, which other preparations wait for. Removes what a killed one left."""
+    out_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError, OSError):     # Windows and some network drives have no locks
             import fcntl
@@ -245,44 +240,36 @@ def alone_in(out_dir: Path):
             fcntl.flock(folder, fcntl.LOCK_EX)
             for left in out_dir.glob(".prepare-*"):
                 shutil.rmtree(left, ignore_errors=True)
-        yield
+        yield Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir)))
 
 
 class Split:
     """train.bin or val.bin while it is written, and the mask beside it if there are pairs."""
 
-    def __init__(self, path: Path, enc: tiktoken.Encoding, dtype: str, masked: bool, stack):
+    def __init__(self, path, enc, dtype, masked, stack):
         self.file = stack.enter_context(open(path, "wb"))
         self.mask = stack.enter_context(open(path.with_suffix(".mask"), "wb")) if masked else None
-        self.enc, self.dtype = enc, dtype
-        self.tokens = self.text_tokens = self.bytes = self.max_token = self.crc = 0
+        self.enc, self.dtype, self.bytes, self.text_tokens = enc, dtype, 0, 0
 
-    def add(self, ids, predicted=True) -> None:
-        ids = np.asarray(ids, self.dtype)
-        self.file.write(ids.tobytes())
+    def add(self, part, predicted=True, special=False):
+        """part: text as bytes, or a list of ids. special: special tokens in the text become their ids."""
+        ids = part
+        if isinstance(part, bytes):
+            if self.enc._mergeable_ranks == BYTES and not special:
+                ids = np.frombuffer(part, np.uint8)     # no list of a billion ints for a GB of text
+            else:
+                ids = encode(self.enc, part.decode(), special)
+                if self.enc.decode_bytes(ids) != part:
+                    raise ValueError(f"tokenizer {self.enc.name} loses text (its pattern skips some)")
+            self.bytes += len(part)
+            self.text_tokens += len(ids)
+        self.file.write(np.asarray(ids, self.dtype).tobytes())
         if self.mask:
             self.mask.write(bytes([predicted]) * len(ids))
-        self.tokens += len(ids)
-        self.max_token = max(self.max_token, int(ids.max(initial=0)))
-        self.crc = zlib.crc32(ids.tobytes(), self.crc)
-
-    def add_text(self, text: bytes, name: str, predicted=True, special=False) -> None:
-        if self.enc._mergeable_ranks == BYTES and not special:
-            ids = np.frombuffer(text, np.uint8)     # no list of a billion ints for a GB of text
-        else:
-            try:
-                ids = encode(self.enc, text.decode(), special)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-            if self.enc.decode_bytes(ids) != text:
-                raise ValueError(f"{name}: tokenizer {self.enc.name} loses text (its pattern skips some)")
-        self.add(ids, predicted)
-        self.text_tokens += len(ids)
-        self.bytes += len(text)
 
 
-def write_tokens(docs, enc: tiktoken.Encoding, ends: Ends, dtype: str, where: Path, fim_rate=0.0) -> dict:
-    """Writes docs to train.bin and val.bin in the folder `where`; returns the counts for meta.json."""
+def write_tokens(docs, enc, ends, dtype, where, fim_rate=0.0):
+    """Write Documents to train.bin and val.bin in the folder `where`. Returns the counts for meta.json."""
     with contextlib.ExitStack() as stack:
         raw, queue = stack.enter_context(open(where / "raw", "w+b")), []
         for text, name, prompt in docs:     # the cut needs the total: the text waits on disk, not in memory
@@ -291,45 +278,45 @@ def write_tokens(docs, enc: tiktoken.Encoding, ends: Ends, dtype: str, where: Pa
         cut = total * 9 // 10
         raw.seek(0)
         train, val = (Split(where / name, enc, dtype, pairs > 0, stack) for name in ("train.bin", "val.bin"))
-        rng = np.random.default_rng(0)  # of fill-in-middle: the same text gives the same data
+        rng = np.random.default_rng(0)      # of fill-in-middle: the same text gives the same data
         fims = 0
         for name, is_pair, prompt_size, size in progress(queue, "tokenising"):
             rest = cut - raw.tell()
             prompt, doc = raw.read(prompt_size), raw.read(size)
-            whole = rest >= prompt_size + size or pairs and not train.tokens
+            whole = rest >= prompt_size + size or pairs and not train.bytes
             at = size if whole else 0 if pairs else max(rest, 0)    # bytes of the document that are train's
             while 0 < at < size and doc[at] & 0xC0 == 0x80:         # never inside a character
                 at -= 1
             split = train if whole or at > 0 else val
-            split.add([ends.eos[0]])    # ends the document before, so it is predicted even before a prompt
-            if ends.add_bos:
-                split.add([ends.bos], predicted=not is_pair)
-            if is_pair:
-                split.add_text(prompt, name, predicted=False, special=True)
-                split.add_text(doc, name, special=True)
-            elif whole and rng.random() < fim_rate:
-                text = doc.decode()
-                a, b = sorted(rng.integers(len(text) + 1, size=2))
-                for token, part in zip(fim_ids(enc), (text[:a], text[b:], text[a:b]), strict=True):
-                    train.add([token])
-                    train.add_text(part.encode(), name)
-                fims += 1
-            else:
-                for split, part in (train, doc[:at]), (val, doc[at:]):
-                    if part:
-                        split.add_text(part, name)
+            with blame(name):
+                split.add([ends.eos[0]])    # ends the document before, so it is predicted even before a prompt
+                if ends.add_bos:
+                    split.add([ends.bos], predicted=not is_pair)
+                if is_pair:
+                    split.add(prompt, predicted=False, special=True)
+                    split.add(doc, special=True)
+                elif whole and rng.random() < fim_rate:
+                    text = doc.decode()
+                    a, b = sorted(rng.integers(len(text) + 1, size=2))
+                    for token, part in zip(fim_ids(enc), (text[:a], text[b:], text[a:b])):
+                        split.add([token])
+                        split.add(part.encode())
+                    fims += 1
+                else:
+                    split.add(doc[:at] or doc)
+                    if 0 < at < size:
+                        val.add(doc[at:])
         if not train.bytes or not val.bytes:
             raise ValueError(f"too little text to split into train and val: {total} bytes")
         for split in train, val:
             if pairs:   # the last completion ends too
                 split.add([ends.eos[0]])
-            sync(split.file)
-            if split.mask:
-                sync(split.mask)
+    bins = {name: np.memmap(where / f"{name}.bin", dtype, "r") for name in ("train", "val")}
     meta = {"documents": len(queue), "bytes_per_token": total / (train.text_tokens + val.text_tokens),
-            "max_token": max(train.max_token, val.max_token),
-            "train_bytes": train.bytes, "train_tokens": train.tokens, "train.bin_crc32": train.crc,
-            "val_bytes": val.bytes, "val_tokens": val.tokens, "val.bin_crc32": val.crc}
+            "max_token": max(int(tokens.max()) for tokens in bins.values())}
+    for name, split in ("train", train), ("val", val):
+        meta |= {f"{name}_bytes": split.bytes, f"{name}_tokens": len(bins[name]),
+                 f"{name}.bin_crc32": zlib.crc32(bins[name])}
     if pairs:
         meta["pairs"] = pairs
     if fim_rate:
@@ -337,19 +324,8 @@ def write_tokens(docs, enc: tiktoken.Encoding, ends: Ends, dtype: str, where: Pa
     return meta
 
 
-def sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())     # a full disk shows here at the latest, before an earlier dataset goes
-
-
-def publish(staged: Path, out_dir: Path) -> None:
-    """Puts FILES in place of the old ones, meta.json last: a folder that has it is whole."""
-    for name in reversed(FILES):
-        (out_dir / name).unlink(missing_ok=True)
-    for name in FILES:
-        if (staged / name).exists():
-            os.replace(staged / name, out_dir / name)
-
+# ------------------------------------------------------------------------------------------------------------
+# The command line
 
 class Parser(argparse.ArgumentParser):
     """The flags of a script. A mistake gets one line, with the closest flag, in place of the whole usage."""
@@ -359,16 +335,15 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False)
 
     def error(self, message):
-        flags, words = list(self._option_string_actions), message.split()
-        given = [word.split("=")[0].rstrip(":,") for word in words if word.startswith("-")]
-        close = [flag for word in given if word not in flags
-                 for flag in difflib.get_close_matches(word, flags, 1)]
+        words, flags = message.split(), list(self._option_string_actions)
+        wrong = {word.split("=")[0].rstrip(":,") for word in words if word.startswith("-")} - {*flags}
+        close = [flag for word in sorted(wrong) for flag in difflib.get_close_matches(word, flags, 1)]
         hint = f"did you mean {', '.join(close)}?" if close else "--help lists the flags"
         self.exit(2, f"{self.prog}: {' '.join(words)[:300]}; {hint}\n")
 
 
-def main() -> None:
-    for stream in (sys.stdout, sys.stderr):     # no character of a file's name costs the run
+def main():
+    for stream in sys.stdout, sys.stderr:       # no character of a file's name costs the run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     parser = Parser(__doc__)

@@ -21,7 +21,7 @@ import data.prepare as prep
 from data.loader import Tokens, Validation, open_data
 from data.prepare import prepare
 from data.tokenizer import (BYTE_LEVEL, BYTES, DEEPSEEK_EOS, DEEPSEEK_PATTERN, DEEPSEEK_SPLITS, FIM, Ends,
-                            encoding_from_json, encoding_to_json, encoding_to_tokenizer_json, ends_of_data,
+                            encoding_from_json, encoding_to_json, ends_of_data,
                             fim_ids, get_tokenizer, read_ends, same_ids, token_lengths, tokenizer_files,
                             with_special_tokens)
 
@@ -396,7 +396,7 @@ def test_progress_shows_on_a_terminal_only(monkeypatch, capsys, installed, termi
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-@pytest.mark.parametrize("where", ["source", "tokens", "sync", "last sync"])
+@pytest.mark.parametrize("where", ["source", "tokens", "encoding"])
 @pytest.mark.parametrize("earlier", [True, False])
 def test_failure_midway_leaves_things_as_they_were(tmp_path, monkeypatch, error, where, earlier):
     out = tmp_path / "out"
@@ -407,8 +407,8 @@ def test_failure_midway_leaves_things_as_they_were(tmp_path, monkeypatch, error,
     before = snapshot(out)
     lines = b"\n".join([*LINES, b"YWI= 256"])
     text = write(tmp_path / "new", {"a": b"ab" * 500, "b": b"ab" * 500, "z.tiktoken": lines})
-    calls, (name, nth) = [0], {"source": ("text_fault", 2), "tokens": ("encode", 2), "sync": ("sync", 1),
-                               "last sync": ("sync", 2)}[where]
+    calls, (name, nth) = [0], {"source": ("text_fault", 2), "tokens": ("encode", 2),
+                               "encoding": ("encoding_to_json", 1)}[where]
     real = getattr(prep, name)
 
     def fails_once(*args):
@@ -441,7 +441,7 @@ def test_a_dataset_that_is_half_there_is_none(tmp_path, monkeypatch, nth):
     monkeypatch.setattr(os, "replace", move)
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / "out", input=text)
-    with pytest.raises(ValueError, match="has no meta.json; prepare your text with"):
+    with pytest.raises(ValueError, match="has no meta.json, or it is empty; prepare your text"):
         open_data(config(tmp_path / "out"), config(""), False)
     assert len(moves) == nth and (nth < 4 or moves[-1] == "meta.json")
     assert not list((tmp_path / "out").glob(".prepare-*"))
@@ -476,8 +476,8 @@ def test_stray_files_are_no_data(tmp_path, small_stdlib):
 def test_only_the_sources_are_prepared_unasked(tmp_path, small_stdlib, name, exists):
     if exists:
         write(tmp_path / name, {"lock": b""})
-    words = (rf"{name} (has no meta.json|does not exist); prepare your text with: python data/prepare.py "
-             rf"--input FILE_OR_DIR --out_dir .*{name}$")
+    words = (rf"{name} (has no meta.json, or it is empty|does not exist); prepare your text with: "
+             rf"python data/prepare.py --input FILE_OR_DIR --out_dir .*{name}$")
     with pytest.raises(ValueError, match=words):
         open_data(config(tmp_path / name), config(""), False)
     assert (tmp_path / name).exists() == exists
@@ -701,10 +701,10 @@ def test_tokenizer_json_parity_with_tokenizers(tmp_path, pre_tokenizer):
     runs = [" " * 3000 + "1", "中" * 3000, "9" * 3001, "\u200b" * 3000, "\r\n" * 1000, "e" + "\u0301" * 3000]
     for text in nasty + runs:
         assert ours.encode_ordinary(text) == theirs.encode(text, add_special_tokens=False).ids, ascii(text)
-    again = get_tokenizer(save(tmp_path / "again.json", encoding_to_tokenizer_json(ours)))
+    again = get_tokenizer(save(tmp_path / "again.json", tokenizer_files(ours)["tokenizer.json"]))
     assert same_ids(again, ours)
     assert all(again.encode_ordinary(t) == ours.encode_ordinary(t) for t in nasty + runs)
-    third = get_tokenizer(save(tmp_path / "third.json", encoding_to_tokenizer_json(again)))     # doesn't grow
+    third = get_tokenizer(save(tmp_path / "third.json", tokenizer_files(again)["tokenizer.json"]))
     assert third._pat_str == again._pat_str
 
 
@@ -721,7 +721,8 @@ def test_deepseeks_own_tokenizer():
     wild = ["".join(chr(rng.randrange(0xD800)) for _ in range(30)) for _ in range(1000)]
     for text in python + nasty + wild:
         assert ours.encode_ordinary(text) == theirs.encode(text, add_special_tokens=False).ids, ascii(text)
-    spec, again = json.loads(path.read_text("utf-8")), encoding_to_tokenizer_json(ours, bos=0)
+    spec = json.loads(path.read_text("utf-8"))
+    again = tokenizer_files(ours, Ends(0, (1,), True))["tokenizer.json"]
     assert again["pre_tokenizer"] == spec["pre_tokenizer"]
     assert again["model"]["vocab"].items() >= spec["model"]["vocab"].items()
 
@@ -742,7 +743,7 @@ def test_tokens_that_no_merges_reach(tmp_path, ignore_merges):
     assert ours.encode_ordinary("zyx Hello abc") == [258, 259, 220, 257]
     assert len(ours.encode_ordinary("zyxa")) == 4
     tokenizers, rng = pytest.importorskip("tokenizers"), random.Random(2)
-    again = get_tokenizer(save(tmp_path / "again.json", encoding_to_tokenizer_json(ours)))
+    again = get_tokenizer(save(tmp_path / "again.json", tokenizer_files(ours)["tokenizer.json"]))
     theirs = [tokenizers.Tokenizer.from_file(str(tmp_path / name))
               for name in ("tokenizer.json", "again.json")]
     words = ["zyx", " Hello", "z", "y", "x", " ", "H", "ello", "a", "b", "c", "w"]
@@ -782,10 +783,10 @@ VOCAB = bpe_json()["model"]["vocab"]
     ({"pre_tokenizer": sequence(split_json(r"[a[b]]"))}, "regex"),
     ({"pre_tokenizer": sequence(split_json("(a"))}, "Parsing error"),
     ({"pre_tokenizer": sequence(split_json("a|b"), split_json("c"))},
-     "'a.b'.*a single Split, and DeepSeek-V3's"),
-    ({"pre_tokenizer": sequence(split_json(r"\d+"), use_regex=True)}, "and DeepSeek-V3's are"),
-    ({"pre_tokenizer": sequence(*map(split_json, DEEPSEEK_SPLITS[::-1]))}, "and DeepSeek-V3's are"),
-    ({"pre_tokenizer": sequence(*map(split_json, DEEPSEEK_SPLITS), use_regex=True)}, "and DeepSeek-V3's are"),
+     "'a.b'.*DeepSeek-V3's, and a single Split"),
+    ({"pre_tokenizer": sequence(split_json(r"\d+"), use_regex=True)}, "and a single Split"),
+    ({"pre_tokenizer": sequence(*map(split_json, DEEPSEEK_SPLITS[::-1]))}, "and a single Split"),
+    ({"pre_tokenizer": sequence(*map(split_json, DEEPSEEK_SPLITS), use_regex=True)}, "and a single Split"),
     ({"pre_tokenizer": sequence(split_json(LLAMA_SPLIT, "Removed", True), split_json("a"))}, "Removed"),
     ({"model__merges": ["ab c", "a b"]}, "merge order"),
     ({"model__merges": ["a b", "a bc"]}, "b'abc'.*build up"),
@@ -861,7 +862,7 @@ def test_tokenizer_that_loses_text_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("files, arguments, match", [
-    ({}, {"input": "nothing/here"}, "no input nothing"), ({"t": b""}, {"input": "t"}, "t is empty"),
+    ({}, {"input": "nothing/here"}, "no input nothing"), ({"t": b""}, {"input": "t"}, "no text in t"),
     ({"t": b"x"}, {"input": "t"}, "too little text"),
     ({"t": "中".encode()}, {"input": "t"}, "too little text"),
     ({"t": b"caf\xe9" * 9}, {"input": "t"}, "not UTF-8"),

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402
 from runs import command_line, pyplot  # noqa: E402
-from data.prepare import folder, prepare, STDLIB_SKIP  # noqa: E402
+from data.prepare import documents, prepare  # noqa: E402
 from model import DeepSeekV3  # noqa: E402
 
 PHASES = {128: (1000, 16), 512: (200, 4), 2048: (200, 1)}       # context: steps, batch
@@ -56,7 +56,7 @@ def passkey_text(length, depth, rng):
 def write_texts(where, context):
     """A million bytes each of source and of pass key texts."""
     rng, source, size = random.Random(context), [], 0
-    for text, *_ in folder(Path(json.__file__).parent.parent, "*.py", STDLIB_SKIP, where):
+    for text, *_ in documents("stdlib", None, where):
         source.append(text)
         size += len(text)
         if size > 1e6:
