@@ -197,15 +197,12 @@ def rope_cos_sin(config, start, end, device=None):
     """cos and sin of the angles at positions start..end-1, each (end - start, qk_rope_head_dim/2) fp32."""
     positions = torch.arange(start, end, dtype=torch.float32, device=device)
     angles = torch.outer(positions, rope_inv_freq(config, device))
-    scale = 1.0
-    if (yarn := config.rope_scaling) is not None:
-        # 1 for released models, whose mscale and mscale_all_dim agree: MLA's softmax scale does it all there
-        scale = yarn.get("attention_factor")
-        if scale is None and yarn.get("mscale") and yarn.get("mscale_all_dim"):
-            factor = yarn["factor"]
-            scale = yarn_mscale(factor, yarn["mscale"]) / yarn_mscale(factor, yarn["mscale_all_dim"])
-        elif scale is None:
-            scale = yarn_mscale(yarn["factor"], 1.0)
+    yarn = config.rope_scaling or {"attention_factor": 1.0}
+    scale = yarn.get("attention_factor")
+    if scale is None:       # 1 for released models, whose two mscale agree: MLA's softmax scale does it all
+        both = yarn.get("mscale") and yarn.get("mscale_all_dim")
+        mscale, all_dim = (yarn["mscale"], yarn["mscale_all_dim"]) if both else (1.0, 0.0)
+        scale = yarn_mscale(yarn["factor"], mscale) / yarn_mscale(yarn["factor"], all_dim)
     return angles.cos() * scale, angles.sin() * scale
 
 
@@ -324,8 +321,10 @@ class MLA(nn.Module):
             seen = torch.ones(T, S, dtype=torch.bool).tril() if mask is None else mask
             bias = q.new_zeros(seen.shape).masked_fill(~seen, -math.inf)
             return (self.softmax_scale * q @ k.mT + bias).softmax(-1) @ v
-        if mask is not None or not self.cudnn_attends(q):
-            # the other fast kernels want one head size: zeros appended to v come out as zeros and are cut off
+        # PyTorch prefers cuDNN on Hopper and data-center Blackwell; it takes a v narrower than the keys. The
+        # other fast kernels do not: zeros appended to v come out as zeros and are cut off
+        cudnn = q.is_cuda and q.dtype != torch.float32 and mask is None
+        if not cudnn or torch.cuda.get_device_properties(q.device).major not in (9, 10):
             v = F.pad(v, (0, max(self.d_qk - self.d_v, 0)))
         options = dict(attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)
         if q.is_cuda and mask is not None:          # not cuDNN, whose gradient can be NaN (pytorch#196678)
@@ -335,12 +334,6 @@ class MLA(nn.Module):
         else:
             o = F.scaled_dot_product_attention(q, k, v, **options)
         return o[..., :self.d_v]
-
-    @staticmethod
-    def cudnn_attends(q):
-        """PyTorch prefers cuDNN on Hopper and data-center Blackwell; it takes a v narrower than the keys."""
-        half = q.dtype in (torch.bfloat16, torch.float16)
-        return q.is_cuda and half and torch.cuda.get_device_properties(q.device).major in (9, 10)
 
     def attend_absorbed(self, q_c, q_r, cache):
         """The same for one query at the cache's last position, without expanding a single key or value.
@@ -669,6 +662,11 @@ class MTP(Block):
         return super().forward(x, cos, sin, mask, cache, pos)                   # Eq. 22
 
 
+def cross_entropy(logits, labels):
+    """logits: (..., V); labels: (...), -100 ignored. Their sum in nats, computed in fp32."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
+
+
 class DeepSeekV3(nn.Module):
     """The whole model. state_dict() has the names of the released checkpoints, with the experts stacked.
 
@@ -718,7 +716,7 @@ class DeepSeekV3(nn.Module):
         if targets is None:
             return logits, None, {}
         n = (targets != -100).sum().clamp(min=1)            # T of Eq. 24, also for MTP
-        main = (self._chunked_loss(h, targets) if self.training else self._cross_entropy(logits, targets)) / n
+        main = (self.head_loss(h, targets) if logits is None else cross_entropy(logits, targets)) / n
 
         mtp = main.new_zeros(())
         cos, sin = rope_cos_sin(self.config, 0, T, idx.device)
@@ -731,12 +729,12 @@ class DeepSeekV3(nn.Module):
             cut_mask = None if mask is None else mask[..., :T - k, :T - k]
             h, layer_stats = layer(h[:, :T - k], emb, cos[:T - k], sin[:T - k], cut_mask)
             stats.append(layer_stats)
-            mtp = mtp + self._chunked_loss(layer.shared_head.norm(h), labels) / n / depth   # Eq. 23-25
+            mtp = mtp + self.head_loss(layer.shared_head.norm(h), labels) / n / depth       # Eq. 23-25
 
         K, E = self.config.num_experts_per_tok, self.config.n_routed_experts
         balance = main.new_zeros(()) + sum(balance_loss(scores, K) for _, scores in stats)
         loads = [load for load, _ in stats]
-        loads += [idx.new_zeros(E)] * (self._num_moe_layers() - len(loads))     # T <= depth
+        loads += [idx.new_zeros(E)] * (depth - max(T - 1, 0))       # MTP modules beyond the sequence
         load = torch.stack(loads) if loads else idx.new_zeros(0, E)
         loss = main
         if self.training:
@@ -772,27 +770,17 @@ class DeepSeekV3(nn.Module):
                 raise ValueError(f"token id {bad} is outside the vocabulary of {size} (0 to {size - 1}); was "
                                  "the text encoded with another tokenizer?")
 
-    @staticmethod
-    def _cross_entropy(logits, labels):
-        """logits: (..., V); labels: (...), -100 ignored. The sum in nats, in fp32."""
-        return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
-
-    def _head_loss(self, h, labels):
-        return self._cross_entropy(self.lm_head(h), labels)
-
-    def _chunked_loss(self, h, labels):
-        """_head_loss of h (B, T, D), a chunk of tokens at a time: the logits of a real vocabulary would be
-        the largest tensor of a training step, so the backward pass computes each chunk's again."""
+    def head_loss(self, h, labels):
+        """cross_entropy of the head's logits for h (B, T, D), a chunk of tokens at a time: a real vocabulary's
+        logits would be the largest tensor of a training step, so the backward pass computes them again."""
+        def of_chunk(h, labels):
+            return cross_entropy(self.lm_head(h), labels)
         tokens = max(LOSS_CHUNK // self.config.vocab_size, 1)
         if labels.numel() <= tokens:
-            return self._head_loss(h, labels)
+            return of_chunk(h, labels)
         chunks = zip(h.flatten(0, 1).split(tokens), labels.flatten().split(tokens))
         recomputed = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
-        return sum(recomputed(self._head_loss, *chunk) for chunk in chunks)
-
-    def _num_moe_layers(self):
-        c = self.config
-        return max(c.num_hidden_layers - c.first_k_dense_replace, 0) + c.num_nextn_predict_layers
+        return sum(recomputed(of_chunk, *chunk) for chunk in chunks)
 
     def update_router_bias(self, load, speed=None):
         """Auxiliary-loss-free balancing (Eq. 16): once per optimizer step, outside forward.
@@ -838,7 +826,7 @@ class DeepSeekV3(nn.Module):
         dtype: of the weights; default as stored, bfloat16 for FP8, which is dequantised. torch.float8_e4m3fn:
         linear layers hold and compute in FP8 (fp8.py), the rest in bfloat16. changes: fields of the config to
         override. MTP modules that the files lack are left out. Peak memory: the model and one tensor.
-        ValueError, one sentence, for damaged files and for tensors other than the config asks for.
+        ValueError for damaged files and for tensors other than the config asks for.
         """
         import checkpoint
         return checkpoint.load(cls, dir, dtype, device, **changes)
@@ -847,9 +835,8 @@ class DeepSeekV3(nn.Module):
         """Write the model in the released format, for from_pretrained and for transformers.
 
         encoding, ends: a tiktoken.Encoding and its data.tokenizer.Ends, for tokenizer files; default: what
-        the model was loaded with. fp8: linear layers in FP8 with a scale per 128x128
-        block, the rest in bf16, as released. An earlier checkpoint in dir stays intact until the new one is
-        written. To export a run of train.py:
+        the model was loaded with. fp8: linear layers in FP8 with a scale per 128x128 block, the rest in bf16,
+        as released. An earlier checkpoint in dir stays intact until the new one is written. To export a run:
 
             model, encoding, ends, _ = sample.load("out", "cpu")
             model.save_pretrained("export", encoding, ends=ends)
