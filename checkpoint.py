@@ -275,9 +275,7 @@ SAME_MODEL = {"deepseek_v3": {}, "kimi_k2": {},
                                 "max_position_embeddings": 202752}}
 OTHER_MODELS = {"deepseek_v2": "its router uses a softmax", "deepseek_v32": "its attention is sparse",
                 "deepseek_v4": "its attention is not MLA"}
-TOKEN_IDS = "bos_token_id", "eos_token_id", "pad_token_id"
 INDEX = "model.safetensors.index.json"
-WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 # What says where texts begin and end, and how chats are written: an export keeps these files
 SIDE_FILES = re.compile(r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map"
                         r"|added_tokens)\.json|tiktoken\.model|tokenization_\w+\.py"
@@ -441,82 +439,30 @@ def released_tensors(model):
     return tensors | {name: tensors[original] for name, original in copies.items()}, copies
 
 
-@torch.no_grad()
-def load(cls, dir, dtype=None, device=None, **changes):
-    """DeepSeekV3.from_pretrained; cls: DeepSeekV3."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
-
-    # The folder's model and its tensors, all accounted for before any memory is spent
-    dir = released_folder(dir)
-    config, stored = match_mtp(dir, dataclasses.replace(read_config(dir), **changes), find_tensors(dir))
-    model = build_on_meta(cls, dir, config, len(stored))
-    expected, copies = released_tensors(model)
-    check_tensors(dir, expected, copies, stored)
-
-    # Its memory
-    quantization = read_json(dir / "config.json").get("quantization_config") or {}
-    pow2 = quantization.get("scale_fmt") == "ue8m0"         # DeepSeek-V3.1
-    dtype = dtype or FLOATS.get(stored["model.embed_tokens.weight"].dtype, torch.bfloat16)
-    if dtype == torch.float8_e4m3fn:
-        from fp8 import hold_in_fp8
-        model = hold_in_fp8(model.to(torch.bfloat16), pow2)
-    else:
-        model = model.to(dtype)
-    model = model.to_empty(device=device or "cpu")
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight      # to_empty parts them
-
-    # One pass over the files, then the copies
-    targets, _ = released_tensors(model)
-    for name in progress([n for n in stored if n in expected and n not in copies], f"reading {dir}"):
-        target_scale = targets.get(name + "_scale_inv")
-        tensor, scale = read_weight(stored, name, target_scale is not None, pow2)
-        targets[name].copy_(tensor)
-        if target_scale is not None:
-            target_scale.copy_(scale)
-    for name in [n for n in copies if n in stored]:
-        copy, original = read_weight(stored, name)[0], targets[copies[name]]
-        # a copy may be stored in another dtype
-        if not torch.equal(copy.to(original), original) and not torch.equal(copy, original.to(copy)):
-            raise ValueError(f"{dir}: {name} differs from {copies[name]}, but the model has one tensor for "
-                             "both; in config.json, set num_nextn_predict_layers to 0 to leave out MTP, or "
-                             "tie_word_embeddings to false for a head of its own")
-    for path in dir.iterdir():
-        if SIDE_FILES.fullmatch(path.name) and path.is_file():
-            with contextlib.suppress(OSError, UnicodeDecodeError):      # the weights are as good without it
-                model.source_files[path.name] = path.read_bytes().decode()
-    return model.eval()
-
-
-def match_mtp(dir, config, stored):
-    """config and stored, reduced to the MTP modules that both have: Hugging Face drops them from files, and a
-    config may count fewer than there are."""
-    first, end = config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers
-    layer = {name: int(match[1]) for name in stored
-             if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
-    if not any(first <= i < end for i in layer.values()):
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    extra = {i for i in layer.values() if i >= end and f"model.layers.{i}.eh_proj.weight" in stored}
-    if extra:
-        print(f"{dir}: left out MTP layer {', '.join(map(str, sorted(extra)))}, as num_nextn_predict_layers "
-              f"is {end - first}", file=sys.stderr)
-    return config, {name: at for name, at in stored.items() if layer.get(name) not in extra}
-
-
-def build_on_meta(cls, dir, config, count):
-    """The model without memory for its weights. ValueError if a config of absurd sizes asks for more tensors
-    than there are, or for larger ones than torch can count."""
+def find_model(cls, dir, changes):
+    """The model of a folder, without memory for its weights, and {name: Stored} of its tensors. ValueError if
+    they don't fit each other."""
+    config, stored = dataclasses.replace(read_config(dir), **changes), find_tensors(dir)
     main, depth, experts = config.num_hidden_layers, config.num_nextn_predict_layers, config.n_routed_experts
+    if not any(name.startswith(f"model.layers.{main}.") for name in stored):
+        depth = 0       # Hugging Face saves no MTP modules
     moe_layers = max(main - config.first_k_dense_replace, 0) + depth
-    if max(main + depth, 3 * experts * moe_layers) > count:
-        raise ValueError(f"{dir} holds {count} tensors, too few for the {main} layers, {depth} MTP modules "
-                         f"and {experts} experts of its config.json")
+    if max(main + depth, 3 * experts * moe_layers) > len(stored):       # absurd sizes would take forever
+        raise ValueError(f"{dir} holds {len(stored)} tensors, too few for the {main} layers, {depth} MTP "
+                         f"modules and {experts} experts of its config.json")
     try:
         with torch.device("meta"):
-            return cls(config)
+            model = cls(dataclasses.replace(config, num_nextn_predict_layers=depth))
     except (RuntimeError, TypeError) as e:
         raise ValueError(f"{dir} has a config of an impossible size ({one_line(e)})") from None
+    expected, copies = released_tensors(model)
+    mtp = (re.fullmatch(r"(model\.layers\.\d{1,9}\.)eh_proj\.weight", name) for name in stored)
+    extra = tuple(match[1] for match in mtp if match and match[1] + "input_layernorm.weight" not in expected)
+    if extra:
+        print(f"{dir}: left out {', '.join(extra)}*, as num_nextn_predict_layers is {depth}", file=sys.stderr)
+    stored = {name: at for name, at in stored.items() if not name.startswith(extra)}
+    check_tensors(dir, expected, copies, stored)
+    return model, stored
 
 
 def check_tensors(dir, expected, copies, stored):
@@ -542,6 +488,50 @@ def check_tensors(dir, expected, copies, stored):
         said += [f"{fault} {shown} ({len(names)} in all)"] if names else []
     if said:
         raise ValueError(f"the tensors of {dir} don't fit its config.json: {'; '.join(said)}")
+
+
+@torch.no_grad()
+def load(cls, dir, dtype=None, device=None, **changes):
+    """DeepSeekV3.from_pretrained; cls: DeepSeekV3."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
+    dir = released_folder(dir)
+    model, stored = find_model(cls, dir, changes)
+
+    # Its memory
+    quantization = read_json(dir / "config.json").get("quantization_config") or {}
+    pow2 = quantization.get("scale_fmt") == "ue8m0"         # DeepSeek-V3.1
+    dtype = dtype or FLOATS.get(stored["model.embed_tokens.weight"].dtype, torch.bfloat16)
+    if dtype == torch.float8_e4m3fn:
+        from fp8 import hold_in_fp8
+        model = hold_in_fp8(model.to(torch.bfloat16), pow2)
+    else:
+        model = model.to(dtype)
+    model = model.to_empty(device=device or "cpu")
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight      # to_empty parts them
+
+    # One pass over the files, then the copies
+    targets, copies = released_tensors(model)
+    names = [n for n in stored if n in targets and n not in copies and not n.endswith("_scale_inv")]
+    for name in progress(names, f"reading {dir}"):
+        target_scale = targets.get(name + "_scale_inv")
+        tensor, scale = read_weight(stored, name, target_scale is not None, pow2)
+        targets[name].copy_(tensor)
+        if target_scale is not None:
+            target_scale.copy_(scale)
+    for name in [n for n in copies if n in stored]:
+        copy, original = read_weight(stored, name)[0], targets[copies[name]]
+        # a copy may be stored in another dtype
+        if not torch.equal(copy.to(original), original) and not torch.equal(copy, original.to(copy)):
+            raise ValueError(f"{dir}: {name} differs from {copies[name]}, but the model has one tensor for "
+                             "both; in config.json, set num_nextn_predict_layers to 0 to leave out MTP, or "
+                             "tie_word_embeddings to false for a head of its own")
+    for path in dir.iterdir():
+        if SIDE_FILES.fullmatch(path.name) and path.is_file():
+            with contextlib.suppress(OSError, UnicodeDecodeError):      # the weights are as good without it
+                model.source_files[path.name] = path.read_bytes().decode()
+    return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------- saving
@@ -623,7 +613,8 @@ def old_files(dir, texts):
     readers take all of a folder), and what another tokenizer left, if the new one has its own files."""
     listed = (dir / INDEX).read_text(errors="replace") if (dir / INDEX).is_file() else ""
     return [path for path in dir.iterdir() if path.is_file() and (
-        WEIGHTS.fullmatch(path.name) or path.suffix == ".safetensors" and f'"{path.name}"' in listed
+        re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name)
+        or path.suffix == ".safetensors" and f'"{path.name}"' in listed
         or SIDE_FILES.fullmatch(path.name) and texts.keys() & {"tokenizer.json", "tiktoken.model"})]
 
 
@@ -638,7 +629,8 @@ def config_and_side_files(model, encoding, fp8, ends):
         files = tokenizer_files(encoding, ends or getattr(model, "ends", None))
         source = {key: files["tokenizer_config.json"].pop(key) for key in ("bos_token_id", "eos_token_id")}
         texts = {name: json.dumps(content, indent=2) for name, content in files.items()}
-    config = {**dataclasses.asdict(model.config), **ALSO, **{key: source.get(key) for key in TOKEN_IDS},
+    ids = {key: source.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = {**dataclasses.asdict(model.config), **ALSO, **ids,
               "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
               "num_key_value_heads": model.config.num_attention_heads,
               "torch_dtype": "bfloat16" if fp8 else str(model.lm_head.weight.dtype).removeprefix("torch.")}

@@ -24,7 +24,7 @@ from data.prepare import prepare
 from data.tokenizer import (BYTES, DEEPSEEK_EOS, KIMI_PATTERN, Ends, build, encode, get_tokenizer,
                             read_ends, token_bytes, tokenizer_files)
 from fp8 import quantize_reference, weight_dequant
-from model import MLA, MLP, DeepSeekV3
+from model import MLA, MLP, DeepSeekV3, DeepSeekV3Config
 
 st = pytest.importorskip("safetensors.torch", reason="released checkpoints are safetensors files")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,14 +164,14 @@ def test_an_mtp_layer_that_the_config_does_not_count_is_left_out(tmp_path, make_
     assert loaded.config.num_nextn_predict_layers == 0
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "MTP layer 3" in lines[0]
+    assert len(lines) == 1 and "model.layers.3" in lines[0]
 
 
 def test_the_second_of_two_mtp_layers_is_left_out(tmp_path, make_model, capsys):
     model = make_model(num_nextn_predict_layers=2)
     raw = config_json(model.config, num_nextn_predict_layers=1)
     loaded = DeepSeekV3.from_pretrained(write(tmp_path, released(model), raw))
-    assert len(loaded.model.layers) == 4 and "MTP layer 4" in capsys.readouterr().err
+    assert len(loaded.model.layers) == 4 and "model.layers.4" in capsys.readouterr().err
     raw = config_json(model.config, num_hidden_layers=2, num_nextn_predict_layers=0)
     with pytest.raises(ValueError, match="unexpected model.layers.2."):     # not an MTP layer
         DeepSeekV3.from_pretrained(write(tmp_path, released(model), raw))
@@ -389,35 +389,30 @@ def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
     code = f"""if True:
         import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
         import torch, safetensors.torch
-        from model import DeepSeekV3, DeepSeekV3Config
+        import checkpoint as module
+        from model import DeepSeekV3
         def kb(key): return int(open("/proc/self/status").read().split(key)[1].split()[0])
         torch.set_num_threads(1)
-        c = DeepSeekV3Config(
-            vocab_size=16384, hidden_size=512, intermediate_size=1024, moe_intermediate_size=512,
-            num_hidden_layers=5, num_attention_heads=4, q_lora_rank=None, kv_lora_rank=64,
-            n_routed_experts=8, n_group=1, topk_group=1, num_experts_per_tok=2,
-            first_k_dense_replace=1, num_nextn_predict_layers=0)
-        if sys.argv[1] == "save":
-            DeepSeekV3(c).save_pretrained({str(tmp_path)!r})
-        else:
-            import checkpoint as module
-            read, seen = module.read_tensor, [0]
-            def sampled(*args):
-                tensor = read(*args)
-                tensor.sum()        # touches all of its pages
-                seen.append(kb("VmRSS:"))
-                return tensor
-            module.read_tensor = sampled
-            with torch.device("meta"):
-                DeepSeekV3(c)       # the first use of meta imports 100 MB of torch
-            before = kb("VmRSS:")
-            model = DeepSeekV3.from_pretrained({str(tmp_path)!r})
-            size = sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1024
-            print(size, model.lm_head.weight.numel() * 4 / 1024, max(*seen, kb("VmRSS:")) - before)
+        read, seen = module.read_tensor, [0]
+        def sampled(*args):
+            tensor = read(*args)
+            tensor.sum()        # touches all of its pages
+            seen.append(kb("VmRSS:"))
+            return tensor
+        module.read_tensor = sampled
+        with torch.device("meta"):
+            DeepSeekV3(module.read_config({str(tmp_path)!r}))       # the first use imports 100 MB of torch
+        before = kb("VmRSS:")
+        model = DeepSeekV3.from_pretrained({str(tmp_path)!r})
+        size = sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1024
+        print(size, model.lm_head.weight.numel() * 4 / 1024, max(*seen, kb("VmRSS:")) - before)
     """
-    subprocess.run([sys.executable, "-c", code, "save"], check=True)
-    out = subprocess.run([sys.executable, "-c", code, "load"], check=True, capture_output=True,
-                         text=True).stdout
+    DeepSeekV3(DeepSeekV3Config(
+        vocab_size=16384, hidden_size=512, intermediate_size=1024, moe_intermediate_size=512,
+        num_hidden_layers=5, num_attention_heads=4, q_lora_rank=None, kv_lora_rank=64, n_routed_experts=8,
+        n_group=1, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1,
+        num_nextn_predict_layers=0)).save_pretrained(tmp_path)
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     model, tensor, peak = map(float, out.split())
     print(f"model {model / 1024:.0f} MB, largest tensor {tensor / 1024:.0f} MB, peak {peak / 1024:.0f} MB")
     assert model > 190 * 1024 and peak < model + tensor + 24 * 1024
