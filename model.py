@@ -771,8 +771,8 @@ class DeepSeekV3(nn.Module):
                                  "the text encoded with another tokenizer?")
 
     def head_loss(self, h, labels):
-        """cross_entropy of the head's logits for h (B, T, D), a chunk of tokens at a time: all logits would be
-        the largest tensor of a training step, so the backward pass computes each chunk's again."""
+        """cross_entropy of the head's logits for h (B, T, D), a chunk of tokens at a time: all logits are the
+        largest tensor of a training step, so the backward pass computes each chunk's again."""
         def of_chunk(h, labels):
             return cross_entropy(self.lm_head(h), labels)
         tokens = max(LOSS_CHUNK // self.config.vocab_size, 1)
