@@ -157,7 +157,7 @@ def keep_best(path):
 
 
 def whole(state):
-    """A state_dict in which FSDP's shards are whole tensors on the CPU, on rank 0 alone. All ranks call it."""
+    """A state_dict with FSDP's shards as whole tensors, on rank 0's CPU alone. All ranks call it."""
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
     if isinstance(state, list):

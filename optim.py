@@ -126,26 +126,20 @@ class BF16AdamW(torch.optim.Optimizer):
 
 def param_groups(model, weight_decay=0.1):
     """Three groups: hidden matrices (what Muon takes), embedding and head, and norms, which do not decay."""
-    ends = {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
-    params = list(model.parameters())
-    hidden = [p for p in params if p.dim() > 1 and id(p) not in ends]
-    return [{"params": hidden, "weight_decay": weight_decay},
-            {"params": [p for p in params if id(p) in ends], "weight_decay": weight_decay},
+    params, ends = list(model.parameters()), {model.model.embed_tokens.weight, model.lm_head.weight}
+    return [{"params": [p for p in params if p.dim() > 1 and p not in ends], "weight_decay": weight_decay},
+            {"params": [p for p in params if p in ends], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}]
 
 
 def make_optimizers(model, kind="adamw", learning_rate=1e-3, bf16_moments=False):
     """-> list of optimizers: AdamW as in §4.2; of kind "muon", Muon for the hidden matrices before it."""
-    groups, optimizers = param_groups(model), []
-    if kind == "muon":
-        optimizers.append(Muon(groups[:1], learning_rate))
-        groups = groups[1:]
+    groups = param_groups(model)
+    muon = [Muon([groups.pop(0)], learning_rate)] if kind == "muon" else []
     if bf16_moments:
-        optimizers.append(BF16AdamW(groups, learning_rate))
-    else:
-        fused = model.lm_head.weight.device.type in ("cuda", "cpu")
-        optimizers.append(torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95), fused=fused))
-    return optimizers
+        return [*muon, BF16AdamW(groups, learning_rate)]
+    fused = model.lm_head.weight.device.type in ("cuda", "cpu")
+    return [*muon, torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95), fused=fused)]
 
 
 def averaged_model(model, decay):

@@ -149,9 +149,11 @@ def settings(given):
     earlier = [out_dir / name for name in (*CHECKPOINTS, "best.pt") if (out_dir / name).exists()]
     if given.get("resume"):
         ckpt = load_run(out_dir)
-        config, base = model_of_run(ckpt).config, ckpt["train_config"]
+        config = model_of_run(ckpt).config
+        with fitting(ckpt["path"]):
+            base = dataclasses.asdict(TrainConfig(**ckpt["train_config"]))
         for key, value in given.items():
-            saved = getattr(config, key) if key in model_flags else base.get(key)
+            saved = getattr(config, key) if key in model_flags else base[key]
             if (key in model_flags or key in FIXED_ON_RESUME) and value != saved:
                 raise ValueError(f"--{key} {value} contradicts {ckpt['path']}, trained with {key}={saved}; "
                                  "leave it out, or start a new run in another --out_dir")
@@ -163,9 +165,7 @@ def settings(given):
         if source.is_file() or any((source / name).exists() for name in CHECKPOINTS):
             ckpt = load_run(source)
         config = model_of_run(ckpt).config if ckpt else read_config(source)
-        if "preset" in given:
-            raise ValueError("--preset and --init_from contradict: both give a config; leave one out")
-        for name in model_flags.keys() - set(FREE_OF_WEIGHTS):
+        for name in given.keys() & {"preset", *model_flags} - set(FREE_OF_WEIGHTS):
             raise ValueError(f"--{name} can't be given with --init_from, as the weights of "
                              f"{given['init_from']} decide it; only {', '.join(FREE_OF_WEIGHTS)} can")
         longest = config.max_position_embeddings
@@ -178,8 +178,8 @@ def settings(given):
                 f"{model_flags['rope_scaling']}")
         flags["init_from"] = str(source)
     else:
-        on_gpu = torch.cuda.is_available() and given.get("device", "auto") in ("auto", "cuda")
-        preset = given.get("preset", "mini" if on_gpu else "tiny")
+        device = pick_device(given.get("device", "auto"))
+        preset = given.get("preset", "mini" if device.type == "cuda" else "tiny")
         config, base = DeepSeekV3Config.preset(preset), {**RECIPES[preset], "preset": preset}
         # the trained length travels with the model: positions beyond it are noise
         trained = max((base | flags)["block_size"], 2)
@@ -198,31 +198,24 @@ def check(cfg, config, ckpt):
         *((getattr(cfg, name) < 1, f"--{name} must be at least 1, got {getattr(cfg, name)}")
           for name in ("max_iters", "batch_size", "block_size", "gradient_accumulation_steps",
                        "eval_interval", "log_interval")),
-        (not 0 < cfg.learning_rate < math.inf,
-         f"--learning_rate must be a finite number over 0, got {cfg.learning_rate}"),
+        (not 0 < cfg.learning_rate < math.inf, f"--learning_rate must be over 0, got {cfg.learning_rate}"),
         (not 0 <= cfg.seed < 2**63, f"--seed must be from 0 to 2^63 - 1, got {cfg.seed}"),
-        (not 0 <= cfg.ema_decay < 1,
-         f"--ema_decay must be at least 0 and less than 1, got {cfg.ema_decay}"),
+        (not 0 <= cfg.ema_decay < 1, f"--ema_decay must be from 0 to less than 1, got {cfg.ema_decay}"),
         (cfg.batch_ramp and cfg.batch_size < 5,
          f"--batch_ramp begins with a fifth of --batch_size {cfg.batch_size}; make it at least 5"),
         (cfg.fp8_pow2 and not cfg.fp8, "--fp8_pow2 says how --fp8 scales; give --fp8 too"),
-        (cfg.fsdp and cfg.ema_decay,
-         "--ema_decay can't be given with --fsdp: the average needs whole weights, which no rank has"),
-        (cfg.fsdp and cfg.optimizer == "muon",
-         "--fsdp needs --optimizer adamw: Muon orthogonalizes whole matrices, which no rank has"),
-        (cfg.fsdp and cfg.bf16_moments,
-         "--bf16_moments can't be given with --fsdp, which already divides the moments among the ranks"),
-        (cfg.fsdp and "RANK" not in os.environ,
-         "--fsdp shards over the ranks of torchrun; start it with: torchrun --nproc_per_node N train.py"),
+        (cfg.fsdp and (cfg.optimizer == "muon" or cfg.ema_decay or cfg.bf16_moments),
+         "--fsdp shards the state of plain AdamW only: it can't be given with --optimizer muon, --ema_decay "
+         "or --bf16_moments"),
+        (cfg.fsdp and "RANK" not in os.environ, "start --fsdp with: torchrun --nproc_per_node N train.py"),
         (cfg.block_size > longest,
          f"--block_size {cfg.block_size} is more than max_position_embeddings={longest}; lower it, raise "
          "--max_position_embeddings, or extend a trained model with YaRN (--rope_scaling)"),
         (Path(cfg.data_dir).resolve() == Path(cfg.out_dir).resolve(),
          f"--data_dir and --out_dir are both {cfg.out_dir}; give the run a folder of its own"),
         (per_step != resumed,
-         f"--batch_size {cfg.batch_size} contradicts {cfg.out_dir}: with {world} ranks and "
-         f"--gradient_accumulation_steps {accumulation} it makes {per_step} sequences per step, and the run "
-         f"has {resumed}; choose it so that it makes as many"),
+         f"--batch_size {cfg.batch_size} contradicts {cfg.out_dir}: times --gradient_accumulation_steps "
+         f"{accumulation} and {world} ranks it makes {per_step} sequences per step; make it {resumed}"),
     ]:
         if wrong:
             raise ValueError(sentence)
@@ -321,44 +314,6 @@ def recompute(model):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# A step
-
-def micro_batches(data, sizes, accumulation, start, device):
-    """This rank's share, on the device, of every micro-batch of the coming steps. sizes: sequences of a
-    micro-batch, by step; start: the number of the first sample."""
-    rank, world = ranks()
-    for size in sizes.tolist():
-        for _ in range(accumulation):
-            x, y = data.batch(start + rank * size, size)
-            if device.type == "cuda":       # pinned, so that the copy runs beside the kernels
-                x, y = x.pin_memory(), y.pin_memory()
-            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            start += world * size
-
-
-def document_ids(separator, x):
-    """x (B, T) -> the number of each token's document, (B, T); None where separator is None: no masking."""
-    return None if separator is None else (x == separator).cumsum(1)
-
-
-def forward_backward(model, batches, count, lam, autocast, doc_ids):
-    """Gradients of the mean loss of `count` micro-batches. lam: lambda of MTP. -> sums over them: losses
-    (4,), which are loss, main, mtp and balance, and load (L, E)."""
-    losses, load = 0, 0
-    for i in range(count):
-        x, y = next(batches)
-        if isinstance(model, DistributedDataParallel):      # averages the gradients after the last one only
-            model.require_backward_grad_sync = i == count - 1
-        with autocast():
-            # a tensor, as torch.compile takes a new number for a new constant
-            _, loss, aux = model(x, y, doc_ids=doc_ids(x), mtp_loss_weight=torch.tensor(lam))
-        (loss / count).backward()
-        losses = losses + torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]])
-        load = load + aux["load"]
-    return losses, load
-
-
-# ----------------------------------------------------------------------------------------------------------
 # Around the run
 
 @contextlib.contextmanager
@@ -373,16 +328,21 @@ def caught_signals():
         if ranks()[1] == 1:
             signal.signal(number, signal.SIG_DFL)
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, on_signal)
+    before = {}
+    for name in "SIGINT", "SIGTERM", "SIGHUP":
+        number = getattr(signal, name, None)        # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, on_signal)
     try:
         yield caught
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def document_ids(separator, x):
+    """x (B, T) -> the number of each token's document, (B, T); None where separator is None: no masking."""
+    return None if separator is None else (x == separator).cumsum(1)
 
 
 def say(text):
@@ -434,11 +394,9 @@ def cut_log(path, step):
     """Keep the lines of log.jsonl up to a step: those after the checkpoint come again. Damaged lines go."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
+        with contextlib.suppress(ValueError, LookupError, TypeError):
             if json.loads(line)["iter"] <= step:
                 lines.append(line + "\n")
-        except (ValueError, LookupError, TypeError):
-            continue
     write_atomically(path, lambda f: f.write("".join(lines).encode()))
 
 
@@ -509,15 +467,15 @@ def train(given, on_log):
     config = raw_model.config       # a release may come without its MTP modules
     optimizers = make_optimizers(raw_model, cfg.optimizer, cfg.learning_rate, cfg.bf16_moments)
     ema = averaged_model(raw_model, cfg.ema_decay) if cfg.ema_decay else None
-    state = {"step": 0, "samples": 0, "skipped": 0, "averaged": 0, "best": {"val_loss": math.inf, "iter": 0}}
+    state = {"step": 0, "samples": 0, "skipped": 0, "best": {"val_loss": math.inf, "iter": 0}}
     if cfg.resume:
         with fitting(ckpt["path"]):
             state = ckpt["state"]
             for optimizer, saved in zip(optimizers, ckpt["optimizers"], strict=True):
                 load_optimizer(optimizer, saved)
-            if ema and "ema" in ckpt:
-                ema.module.load_state_dict(ckpt["ema"])
-                ema.n_averaged.fill_(state["averaged"])
+            if ema:
+                ema.module.load_state_dict(ckpt.get("ema", ckpt["model"]))
+                ema.n_averaged.fill_(state["step"] - state["skipped"])
             torch.set_rng_state(ckpt["rng_state"])
     ckpt, model = None, raw_model       # frees the checkpoint's tensors
     if cfg.compile or cfg.compile is None and device.type == "cuda" and not cfg.fsdp:
@@ -527,7 +485,8 @@ def train(given, on_log):
         model.broadcast_buffers = False     # the only ones are router biases, which are equal on all ranks
 
     # The run, which is what a checkpoint holds, and its log
-    sequences_per_step = world * cfg.batch_size * cfg.gradient_accumulation_steps
+    accumulation = cfg.gradient_accumulation_steps
+    sequences_per_step = world * cfg.batch_size * accumulation
     run = {"format": FORMAT, "config": dataclasses.asdict(config), "state": state, "meta": meta,
            "train_config": {**dataclasses.asdict(cfg), "resume": False, "fsdp": False},     # which may change
            "encoding": encoding, "source_files": raw_model.source_files, "replaced": replaced,
@@ -540,9 +499,7 @@ def train(given, on_log):
 
     # The order of the data, and what a step may look at
     sizes = batch_sizes(cfg.batch_size, cfg.max_iters, cfg.batch_ramp)
-    sequences = (sizes * (world * cfg.gradient_accumulation_steps)).cumsum()        # up to and with each step
-    coming = sizes[state["step"]:]
-    batches = micro_batches(data, coming, cfg.gradient_accumulation_steps, state["samples"], device)
+    sequences = (sizes * (world * accumulation)).cumsum()       # up to and with each step
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     reused_weights = contextlib.nullcontext
     if cfg.fp8:
@@ -573,13 +530,26 @@ def train(given, on_log):
     timer, timed_from = time.monotonic(), state["samples"]
     with caught_signals() as signals:
         while state["step"] < cfg.max_iters and not stop:
-            step = state["step"]
+            step, size = state["step"], int(sizes[state["step"]])
             lr, gamma, lam = schedule(float(sequences[step] / sequences[-1]))
+            losses, load = 0, 0
             with reused_weights():
-                losses, load = forward_backward(model, batches, cfg.gradient_accumulation_steps,
-                                                config.mtp_loss_weight * lam, autocast, doc_ids)
-            came = torch.tensor([float(bool(signals))], device=device)
-            losses = torch.cat([losses / (cfg.gradient_accumulation_steps * world), came])
+                for i in range(accumulation):
+                    batch = data.batch(state["samples"] + (i * world + rank) * size, size)
+                    if device.type == "cuda":       # pinned, so that the copy runs beside the kernels
+                        batch = [t.pin_memory() for t in batch]
+                    x, y = (t.to(device, non_blocking=True) for t in batch)                     # (B, T)
+                    if world > 1:       # DDP averages the gradients after the last micro-batch only
+                        model.require_backward_grad_sync = i == accumulation - 1
+                    with autocast():
+                        # lambda is a tensor, as torch.compile takes a new number for a new constant
+                        _, loss, aux = model(x, y, doc_ids=doc_ids(x),
+                                             mtp_loss_weight=torch.tensor(config.mtp_loss_weight * lam))
+                    (loss / accumulation).backward()
+                    losses = losses + torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]])
+                    load = load + aux["load"]                                                   # (L, E)
+            stop = torch.tensor([float(bool(signals))], device=device)
+            losses = torch.cat([losses / (accumulation * world), stop])
             if world > 1:       # the same sums on all ranks, so that all decide alike what follows
                 dist.all_reduce(losses)
                 dist.all_reduce(load)
@@ -599,13 +569,12 @@ def train(given, on_log):
                 raw_model.update_router_bias(load, speed=config.bias_update_speed * gamma)
                 if ema:
                     ema.update_parameters(raw_model)
-                    state["averaged"] = int(ema.n_averaged)
                 skipped_in_a_row = 0
             else:
                 state["skipped"], skipped_in_a_row = state["skipped"] + 1, skipped_in_a_row + 1
                 say(f"step {step + 1}/{cfg.max_iters} skipped: its loss or gradient is not finite")
             raw_model.zero_grad(set_to_none=True)
-            samples = int(sizes[step]) * world * cfg.gradient_accumulation_steps
+            samples = size * world * accumulation
             state["step"], state["samples"] = step + 1, state["samples"] + samples
             if skipped_in_a_row == GIVE_UP_AFTER:
                 save_run(out_dir, run, raw_model, optimizers, ema)

@@ -1159,7 +1159,7 @@ def test_fine_tuning(exported, tmp_path, capsys, monkeypatch):
     equal(DeepSeekV3.from_pretrained(tmp_path / "again"), tuned)
     train.main(["--resume", "--out_dir", str(tmp_path / "out"), "--max_iters", "3"])
     for more, words in ((["64", "--hidden_size", "32"], "--hidden_size can't be given with --init_from"),
-                        (["64", "--preset", "tiny"], "--preset and --init_from contradict"),
+                        (["64", "--preset", "tiny"], "--preset can't be given with --init_from"),
                         (["64", "--data_dir", str(tmp_path / "other")], "not prepared with the tokenizer of"),
                         (["64", "--init_from", str(tmp_path)], "no folder with a config.json")):
         with pytest.raises(SystemExit, match=words):
