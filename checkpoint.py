@@ -565,14 +565,14 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
     dir, (tensors, copies) = Path(dir), released_tensors(model)
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    shards, size = [[]], 0      # the names of each file's tensors
+    parts, size = [[]], 0      # the names of each file's tensors
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append([])
+        if parts[-1] and size + tensor.nbytes > shard_bytes:
+            parts.append([])
             size = 0
-        shards[-1].append(name)
+        parts[-1].append(name)
         size += tensor.nbytes
-    files, count = ["model.safetensors"], len(shards)
+    files, count = ["model.safetensors"], len(parts)
     if count > 1:
         files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     texts = config_and_side_files(model, encoding, fp8, ends)
@@ -583,7 +583,7 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
         new.mkdir(parents=True)
         for file, text in texts.items():
             (new / file).write_bytes(text.encode())
-        for file, names in zip(files, progress(shards, f"writing {dir}")):
+        for file, names in zip(files, progress(parts, f"writing {dir}")):
             shard = {}
             for name in names:
                 shard |= as_stored(name, tensors[name], fp8, name in copies)
