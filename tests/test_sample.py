@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import io
-import json
 import math
 import os
 import shutil
@@ -79,7 +78,7 @@ def trained():
         num_nextn_predict_layers=2, max_position_embeddings=128, initializer_range=0.1)
     model = model_module.DeepSeekV3(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(150):        # t -> t + 1, or now and then t + 2: a choice that sampling has to get right
+    for _ in range(100):        # t -> t + 1, or now and then t + 2: a choice that sampling has to get right
         jumps = 1 + (torch.rand(16, 25) < 0.3).long()
         tokens = jumps.cumsum(1) % 11
         _, loss, aux = model(tokens[:, :-1], tokens[:, 1:])
