@@ -351,9 +351,6 @@ def run(args):
 
 
 def main(argv=None):
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")        # a terminal may lack a character of the text
     args = parse_args(argv)
     try:
         run(args)

@@ -633,9 +633,6 @@ def train(given, on_log):
 def main(argv=None, on_log=None):
     """Train as the flags in argv say. on_log(entry, load) is called on rank 0 with each entry of log.jsonl, a
     dict that it may add to, and with the load of the experts in that step, (L, E)."""
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")        # no character costs a run, whatever a terminal shows
     given, (rank, world) = parse_args(argv), ranks()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")      # one speaks for all

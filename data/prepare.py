@@ -328,9 +328,13 @@ def write_tokens(docs, enc, ends, dtype, where, fim_rate=0.0):
 # The command line
 
 class Parser(argparse.ArgumentParser):
-    """The flags of a script. A mistake gets one line, with the closest flag, in place of the whole usage."""
+    """The flags of a script. A mistake gets one line, with the closest flag, in place of the whole usage. No
+    character that a terminal cannot show ends the script."""
 
     def __init__(self, description):
+        for stream in sys.stdout, sys.stderr:
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
 
@@ -343,9 +347,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def main():
-    for stream in sys.stdout, sys.stderr:       # no character of a file's name costs the run
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
     parser = Parser(__doc__)
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--source", choices=SOURCES, default="stdlib",

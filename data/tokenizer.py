@@ -47,8 +47,6 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 # a tokenizer must lose none of it: every kind of character that Unicode knows
 PROBE = ("Hi, it's 1234\r\n\t   of 我们の・e\u0301 👩\u200d🚀 \u200b\0 ǅʰª\u0903\u20ddⅧ² ‿—([)]«» +$^© "
          "\xa0\u2028\u2029\x85\ue000\u0378")
-
-
 # what the regex of a Split may consist of: anchors, \w, \b, named groups and the like mean one thing to
 # Hugging Face's regex engine and another to tiktoken's
 ESCAPE = r"\\(?:[pP](?:\{\^?\w+\}|\w)|[sSdDrnt]|[^a-zA-Z0-9])"
