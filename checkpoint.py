@@ -457,9 +457,9 @@ def find_model(cls, dir, changes):
         raise ValueError(f"{dir} has a config of an impossible size ({one_line(e)})") from None
     expected, copies = released_tensors(model)
     mtp = (re.fullmatch(r"(model\.layers\.\d{1,9}\.)eh_proj\.weight", name) for name in stored)
-    extra = tuple(match[1] for match in mtp if match and match[1] + "input_layernorm.weight" not in expected)
-    if extra:
-        print(f"{dir}: left out {', '.join(extra)}*, as num_nextn_predict_layers is {depth}", file=sys.stderr)
+    if extra := tuple(m[1] for m in mtp if m and m[1] + "input_layernorm.weight" not in expected):
+        print(f"{dir}: left out MTP layer {', '.join(extra)}*, as num_nextn_predict_layers is {depth}",
+              file=sys.stderr)
     stored = {name: at for name, at in stored.items() if not name.startswith(extra)}
     check_tensors(dir, expected, copies, stored)
     return model, stored

@@ -164,7 +164,7 @@ def test_an_mtp_layer_that_the_config_does_not_count_is_left_out(tmp_path, make_
     assert loaded.config.num_nextn_predict_layers == 0
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "model.layers.3" in lines[0]
+    assert len(lines) == 1 and "MTP layer model.layers.3" in lines[0]
 
 
 def test_the_second_of_two_mtp_layers_is_left_out(tmp_path, make_model, capsys):
@@ -969,9 +969,6 @@ def test_kimi_tokenizer(tmp_path):
     enc = get_tokenizer(tmp_path)
     assert enc._special_tokens == {t: i for i, t in tokens.items()}
     assert enc.decode(encode(enc, NASTY)) == NASTY
-    pieces = [enc.decode([i]) for i in encode(build("k", KIMI_PATTERN,
-                                                    BYTES | {"中文".encode(): 256, b" En": 257}, {}), "")]
-    assert pieces == []
     assert enc.encode("[BOS]", allowed_special="all") == [min(tokens)]
 
 

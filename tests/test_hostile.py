@@ -89,14 +89,14 @@ def mutate(tree, rng, values=ABSURD):
 
 
 def test_absurd_configs(tmp_path, make_model):
-    """1,000 config.json, read or refused."""
+    """500 config.json, read or refused."""
     rng, path, accepted = random.Random(0), tmp_path / "config.json", 0
     raw = config_json(make_model().config, rope_scaling={"type": "yarn", "factor": 4, "mscale": 1.0})
-    for i in range(1000):
+    for i in range(500):
         case = mutate(raw, rng)
         path.write_text(json.dumps(case))
         accepted += one_sentence(lambda: read_config(tmp_path), case)
-    assert 100 < accepted < 900
+    assert 50 < accepted < 450
 
 
 def test_absurd_configs_with_weights(tmp_path, make_model):
@@ -118,7 +118,7 @@ def test_absurd_configs_with_weights(tmp_path, make_model):
 
 
 def test_safetensors_headers_that_lie(tmp_path, make_model):
-    """1,000 headers with other offsets, shapes, dtypes, names or lengths over the same bytes."""
+    """500 headers with other offsets, shapes, dtypes, names or lengths over the same bytes."""
     model = make_model(num_hidden_layers=1, first_k_dense_replace=1, num_nextn_predict_layers=0)
     write(tmp_path, released(model), config_json(model.config))
     file, rng, accepted = tmp_path / "model.safetensors", random.Random(2), 0
@@ -128,7 +128,7 @@ def test_safetensors_headers_that_lie(tmp_path, make_model):
     lies = [-1, 0, 1, 4, 2**31, 2**63 - 1, 2**64 - 1, 2**64, 10**30, 1.5, None, "F32", "BF16", "F8_E4M3",
             "I64", "BOOL", "F32x", [], [48],
             [0, 2**63], [8, 4], [-4, 0], [2**32, 2**32], {}, len(body), len(body) - 4]
-    for i in range(1000):
+    for i in range(500):
         lie = mutate(header, rng, lies)
         if i % 10 == 0:     # two tensors in one place
             a, b = rng.sample(sorted(set(lie) - {"__metadata__"}), 2)
@@ -137,7 +137,7 @@ def test_safetensors_headers_that_lie(tmp_path, make_model):
         claimed = rng.choice((0, 1, length, 2**20, 2**40, 2**63, 2**64 - 1)) if i % 10 == 1 else len(text)
         file.write_bytes(struct.pack("<Q", claimed) + text + body)
         accepted += one_sentence(lambda: DeepSeekV3.from_pretrained(tmp_path), lie)
-    assert accepted < 100       # metadata, and values replaced by themselves
+    assert accepted < 50       # metadata, and values replaced by themselves
 
 
 def test_hostile_tokenizer_files(tmp_path):
