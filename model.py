@@ -543,7 +543,7 @@ class Experts(nn.Module):
         more; equal: that is `multiple` rows for every expert."""
         bf16, E = compute_dtype(x) == torch.bfloat16, load.size(0)
         if not x.is_cuda:       # oneDNN compiles a bf16 kernel for each number of rows that it meets
-            return 64 if bf16 else 1, 0, False
+            return 128 if bf16 else 1, 0, False
         # grouped_mm is one kernel for bf16 on sm_90 and sm_100. Elsewhere each of its nine calls in a
         # training step waits for the GPU and launches a product per expert; batched products wait only here
         if not bf16 or torch.cuda.get_device_properties(x.device).major not in (9, 10):

@@ -144,9 +144,9 @@ def test_padding_changes_neither_values_nor_gradients(make_model, monkeypatch, p
 def test_bfloat16_on_a_cpu_meets_few_numbers_of_rows_and_fp32_no_padding(make_model):
     experts = make_model().model.layers[1].mlp.experts
     x, load = torch.randn(4, 48), torch.ones(12, dtype=torch.int64)
-    assert experts.padding(x, load) == (1, 0, False) and experts.padding(x.bfloat16(), load) == (64, 0, False)
+    assert experts.padding(x, load) == (1, 0, False) and experts.padding(x.bfloat16(), load) == (128, 0, False)
     with torch.autocast("cpu", torch.bfloat16):
-        assert experts.padding(x, load) == (64, 0, False)
+        assert experts.padding(x, load) == (128, 0, False)
 
 
 def test_equal_shares_change_neither_values_nor_gradients(make_model, monkeypatch):
