@@ -40,6 +40,7 @@ Embedding, head, gate, norms, attention itself, master weights and their gradien
 import contextlib
 import functools
 import warnings
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -115,27 +116,26 @@ def weight_dequant(weight, scale_inv):
     return dequantize(weight, scale_inv.float())
 
 
+def expert_rows(ends, M):
+    """The rows of each expert; None: all M rows."""
+    ends = [M] if ends is None else ends.tolist()
+    return [slice(*pair) for pair in pairwise([0, *ends])]
+
+
 def gemm_reference(a, b, dtype, ends=None):
     """See gemm."""
-    if b.q.dim() == 4:
-        return torch.stack([gemm_reference(a, b_j, dtype, ends) for b_j in map(Quantized, *b)])
-    a, b = dequantize(*a), dequantize(*b)
-    if ends is None:
-        return (a @ b[0].T).to(dtype)
-    *of_experts, beyond = a.tensor_split(ends.tolist())
-    products = [a_e @ b_e.T for a_e, b_e in zip(of_experts, b)]
-    return torch.cat([*products, a.new_zeros(len(beyond), b.size(1))]).to(dtype)
+    a, b = dequantize(*a), dequantize(*b)                                       # (M, K), (J, E, N, K)
+    c = a.new_zeros(b.size(0), a.size(0), b.size(2), dtype=dtype)
+    for c_j, b_j in zip(c, b):
+        for rows, b_e in zip(expert_rows(ends, len(a)), b_j):
+            c_j[rows] = a[rows] @ b_e.T
+    return c
 
 
 def wgrad_reference(dy_t, x_t, ends=None):
     """See wgrad."""
-    dy_t, x_t = dequantize(*dy_t), dequantize(*x_t)
-    if ends is None:
-        return (dy_t @ x_t.T)[None]
-    ends = ends.tolist()
-    *dys, _ = dy_t.tensor_split(ends, 1)
-    *xs, _ = x_t.tensor_split(ends, 1)
-    return torch.stack([dy_e @ x_e.T for dy_e, x_e in zip(dys, xs)])
+    dy_t, x_t = dequantize(*dy_t), dequantize(*x_t)                             # (N, M), (K, M)
+    return torch.stack([dy_t[:, rows] @ x_t[:, rows].T for rows in expert_rows(ends, dy_t.size(1))])
 
 
 def swiglu_backward_reference(g, u, dh):
@@ -309,6 +309,9 @@ if triton is not None:
         tl.store(du + row * K + col, (d * silu).to(h.dtype.element_ty), inside)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Each operation: its kernel, or the specification where no kernel runs
+
 def capability(device):
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)   # interpreted
 
@@ -328,126 +331,52 @@ def kernels_missing(device):
     return None
 
 
-def empty_tiles(x, M, K):
-    """An uninitialized Quantized (M, K) in 1x128 tiles. Rows of q extend to a multiple of 128, and s is
-    stored with the contracted dimension first: the GEMM reads the scales of neighbouring rows together."""
-    KB = -(-K // 128)       # triton.cdiv takes microseconds
-    return Quantized(x.new_empty(M, KB * 128, dtype=E4M3)[:, :K], x.new_empty(KB, M, dtype=torch.float32).T)
+def emulated(x):
+    """Whether PyTorch computes instead of a kernel: where none runs, and on nothing at all."""
+    return kernels_missing(x.device) is not None or not x.numel()
 
 
-def empty_blocks(x, *shape):
-    """An uninitialized Quantized (..., M, K) in blocks of 128x128."""
+def empty(x, *shape):
+    """An uninitialized Quantized on x's device: (M, K) in 1x128 tiles, a stack of weights (..., M, K) in
+    blocks. Rows of q extend to a multiple of 128. Scales of tiles are stored with the contracted dimension
+    first: the GEMM reads those of neighbouring rows together."""
     *stack, M, K = shape
-    MB, KB = -(-M // 128), -(-K // 128)
-    return Quantized(x.new_empty(*stack, M, KB * 128, dtype=E4M3)[..., :K],
-                     x.new_empty(*stack, MB, KB, dtype=torch.float32))
+    MB, KB = -(-M // 128), -(-K // 128)     # triton.cdiv takes microseconds
+    q = x.new_empty(*stack, M, KB * 128, dtype=E4M3)[..., :K]
+    if stack:
+        return Quantized(q, x.new_empty(*stack, MB, KB, dtype=torch.float32))
+    return Quantized(q, x.new_empty(KB, M, dtype=torch.float32).T)
 
 
-def quantize_triton(x, s=None, rows=False, cols=False, block=False, pow2=False):
-    """x: (M, K) bf16 or fp32, or FP8 with its scales s; with block (E, M, K). -> a pair of Quantized: x if
-    rows, x^T if cols, (K, M) or (E, K, M), in tiles of 1x128 or, with block, one of the two in blocks."""
+def launch_quantizer(x, s, straight, transposed, pow2):
+    """Quantizes x into straight and x^T into transposed, unless they are None. x: (M, K) bf16 or fp32, or FP8
+    with its scales s, in tiles; a stack of weights (E, M, K) in blocks."""
     *stack, M, K = x.shape
-    empty = empty_blocks if block else empty_tiles
-    straight = empty(x, *stack, M, K) if rows else None
-    transposed = empty(x, *stack, K, M) if cols else None
-    launch_quantizer(x, s, straight, transposed, block, pow2)
-    return straight, transposed
+    x = x.contiguous() if stack or x.stride(1) != 1 else x
+    quantize_kernel[(-(-M // 128), -(-K // 128), *(stack or [1]))](
+        x, None if s is None else s.T.contiguous(), *(straight or (None, None)), *(transposed or (None, None)),
+        M, K, x.stride(-2), ROWS=straight is not None, COLS=transposed is not None, BLOCK=bool(stack),
+        POW2=pow2, SM89=capability(x.device) == (8, 9), num_warps=8)
 
-
-def launch_quantizer(x, s, straight, transposed, block, pow2):
-    """quantize_triton into given Quantized, either of which may be None."""
-    if not x.numel():
-        return
-    M, K = x.shape[-2:]
-    E = x.size(0) if block else 1
-    x = x if x.stride(-1) == 1 and (E == 1 or x.is_contiguous()) else x.contiguous()
-    s = None if s is None else s.T.contiguous()
-    quantize_kernel[-(-M // 128), -(-K // 128), E](
-        x, s, *(straight or (None, None)), *(transposed or (None, None)), M, K, x.stride(-2),
-        ROWS=straight is not None, COLS=transposed is not None, BLOCK=block, POW2=pow2,
-        SM89=capability(x.device) == (8, 9), num_warps=8)
-
-
-def gemm_triton(a, b, dtype, ends=None):
-    """See gemm."""
-    M, (*stack, E, N, K) = a.q.size(0), b.q.shape
-    J = stack[0] if stack else 1
-    c = empty_aligned(*stack, M, N, dtype=dtype, device=a.q.device)
-    if c.numel() == 0 or K == 0:
-        return c.zero_()
-    options = launch_options(capability(c.device)[0])
-    grid = -(-M // options["ROWS"]) * J * -(-N // 128),
-    gemm_kernel[grid](
-        *operand(a.q, a.s.T, options["ROWS"], options["TMA"]), *operand(b.q, b.s, 128, options["TMA"]), c,
-        c.stride(-2), ends, J, E, M, N, -(-K // 128), EXPERTS=1 << (E - 1).bit_length(), **options)
-    return c
-
-
-def wgrad_triton(dy_t, x_t, ends=None):
-    """See wgrad."""
-    (N, M), K = dy_t.q.shape, x_t.q.size(0)
-    E = 1 if ends is None else ends.size(0)
-    c = empty_aligned(E, N, K, dtype=torch.float32, device=dy_t.q.device)
-    if M == 0 or c.numel() == 0:
-        return c.zero_()
-    options = launch_options(capability(c.device)[0])
-    grid = -(-N // options["ROWS"]) * -(-K // 128), E
-    wgrad_kernel[grid](
-        *operand(dy_t.q, dy_t.s.T, options["ROWS"], options["TMA"]),
-        *operand(x_t.q, x_t.s.T, 128, options["TMA"]), c, c.stride(1), ends, N, K, M, **options)
-    return c
-
-
-def swiglu_backward_triton(g, u, dh):
-    """See swiglu_backward."""
-    (M, K), dh = dh.shape, dh.contiguous()
-    outputs = torch.empty_like(dh), torch.empty_like(dh), torch.empty_like(dh)
-    if dh.numel():
-        swiglu_backward_kernel[-(-M // 16), -(-K // 128)](
-            g.q, g.s.T.contiguous(), g.q.stride(0), u.q, u.s.T.contiguous(), u.q.stride(0), dh, *outputs,
-            M, K, ROWS=16, num_warps=4)
-    return outputs
-
-
-def empty_aligned(*shape, **kwargs):
-    """Rows start at multiples of 16 elements: with unaligned rows, the kernels would run out of registers."""
-    return torch.empty(*shape[:-1], -(-shape[-1] // 16) * 16, **kwargs)[..., :shape[-1]]
-
-
-def operand(q, s, rows, tma):
-    """A kernel's three arguments for a matrix: where it is, its scales, and the bytes between its rows."""
-    q = q.flatten(0, -2)
-    # TMA, the copy engine of sm_90 and later, fetches whole tiles, and zeros for what lies beyond the edges
-    return TensorDescriptor.from_tensor(q, [rows, 128]) if tma else q, s.contiguous(), q.stride(0)
-
-
-def launch_options(major):
-    """Options of the matrix products, by major compute capability. The tiles in flight fill the shared
-    memory: 227 KB in data-center cards, 99 KB in the others. On Hopper three small programs share it: while
-    one scales its sums, the others keep the tensor cores busy."""
-    if major == 9:
-        return dict(ROWS=64, TMA=True, num_warps=4, num_stages=3)
-    return dict(ROWS=128, TMA=major > 9, num_warps=8, num_stages=4 if major == 10 else 3)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# One interface to both
 
 def quantize(x, rows=True, cols=False, pow2=False):
     """An activation or a gradient. x: (M, K) bf16 or fp32, or a Quantized of 1x128 tiles. -> (x in 1x128
     tiles if rows, else None; x^T (K, M) in 1x128 tiles, which are x's 128x1, if cols, else None)."""
     x, s = x if isinstance(x, Quantized) else (x, None)
-    if kernels_missing(x.device) is None:
-        return quantize_triton(x, s, rows, cols, pow2=pow2)
-    x = x if s is None else dequantize(x, s)
-    return (quantize_reference(x, 1, pow2) if rows else None,
-            quantize_reference(x.mT, 1, pow2) if cols else None)
+    if emulated(x):
+        x = x if s is None else dequantize(x, s)
+        return (quantize_reference(x, 1, pow2) if rows else None,
+                quantize_reference(x.T, 1, pow2) if cols else None)
+    M, K = x.shape
+    outputs = empty(x, M, K) if rows else None, empty(x, K, M) if cols else None
+    launch_quantizer(x, s, *outputs, pow2)
+    return outputs
 
 
 def quantize_weights(weights, transposed=False, pow2=False):
     """J weights of one shape, each (N, K) or a stack (E, N, K) -> Quantized (J, E, N, K), or their transposes
     (J, E, K, N), in blocks of 128x128."""
-    cache = getattr(weights[0], "fp8_cache", None)
+    cache = getattr(weights[0], "fp8_cache", None)      # see quantized_once
     if cache is None:
         return quantize_weights_uncached(weights, transposed, pow2)
     key = transposed, pow2, *((id(w), w._version) for w in weights)
@@ -457,21 +386,17 @@ def quantize_weights(weights, transposed=False, pow2=False):
 
 
 def quantize_weights_uncached(weights, transposed, pow2):
+    if weights[0].dtype == E4M3:
+        raise TypeError("weights held in FP8 are for inference; to train them, load them in bfloat16")
     weights = [w.view(-1, *w.shape[-2:]) for w in weights]
-    if kernels_missing(weights[0].device) is not None:
+    if emulated(weights[0]):
         quantized = [quantize_reference(w.mT if transposed else w, 128, pow2) for w in weights]
         return Quantized(*map(torch.stack, zip(*quantized)))
     E, N, K = weights[0].shape
-    stack = empty_blocks(weights[0], len(weights), E, *((K, N) if transposed else (N, K)))
+    stack = empty(weights[0], len(weights), E, *((K, N) if transposed else (N, K)))
     for w, out in zip(weights, map(Quantized, *stack)):
-        launch_quantizer(w, None, *((None, out) if transposed else (out, None)), block=True, pow2=pow2)
+        launch_quantizer(w, None, *((None, out) if transposed else (out, None)), pow2)
     return stack
-
-
-def quantize_weight(w, transposed=False, pow2=False):
-    """One weight, as in quantize_weights -> Quantized (E, N, K) or (E, K, N)."""
-    q, s = quantize_weights([w], transposed, pow2)
-    return Quantized(q[0], s[0])
 
 
 @contextlib.contextmanager
@@ -491,30 +416,69 @@ def quantized_once(model):
 
 
 def gemm(a, b, dtype, ends=None):
-    """Fprop and Dgrad: a · b^T, (M, N) in dtype. a: Quantized (M, K) in 1x128 tiles; b: Quantized (E, N, K)
-    in blocks, or (J, E, N, K) for J products (J, M, N) of the same a in one.
+    """Fprop and Dgrad: a · b[j]^T, (J, M, N) in dtype, J products in one. a: Quantized (M, K) in 1x128 tiles;
+    b: Quantized (J, E, N, K) in blocks.
 
-    ends: (E,) int32, multiples of 128: rows ends[e-1]..ends[e]-1 of a meet b[e], rows beyond come out as
+    ends: (E,) int32, multiples of 128: rows ends[e-1]..ends[e]-1 of a meet b[:, e], rows beyond come out as
     zeros. None: E is 1, and M need not be a multiple of anything."""
-    if kernels_missing(a.q.device) is None:
-        return gemm_triton(a, b, dtype, ends).contiguous()
-    return gemm_reference(a, b, dtype, ends)
+    if emulated(a.q):
+        return gemm_reference(a, b, dtype, ends)
+    M, (J, E, N, K), options = len(a.q), b.q.shape, launch_options(a.q.device)
+    c = empty_aligned(J, M, N, dtype=dtype, device=a.q.device)
+    gemm_kernel[-(-M // options["ROWS"]) * J * -(-N // 128),](
+        *operand(a.q, a.s.T, options["ROWS"], options), *operand(b.q, b.s, 128, options), c, c.stride(1), ends,
+        J, E, M, N, -(-K // 128), EXPERTS=1 << (E - 1).bit_length(), **options)
+    return c.contiguous()
 
 
 def wgrad(dy_t, x_t, ends=None):
     """Wgrad: dy^T · x, (E, N, K) fp32. dy_t: Quantized (N, M), x_t: Quantized (K, M), both in 1x128 tiles;
     ends: as in gemm; an expert without rows gets zeros."""
-    if kernels_missing(dy_t.q.device) is None:
-        return wgrad_triton(dy_t, x_t, ends).contiguous()
-    return wgrad_reference(dy_t, x_t, ends)
+    if emulated(dy_t.q):
+        return wgrad_reference(dy_t, x_t, ends)
+    (N, M), K, options = dy_t.q.shape, len(x_t.q), launch_options(dy_t.q.device)
+    E = 1 if ends is None else len(ends)
+    c = empty_aligned(E, N, K, dtype=torch.float32, device=dy_t.q.device)
+    wgrad_kernel[-(-N // options["ROWS"]) * -(-K // 128), E](
+        *operand(dy_t.q, dy_t.s.T, options["ROWS"], options), *operand(x_t.q, x_t.s.T, 128, options),
+        c, c.stride(1), ends, N, K, M, **options)
+    return c.contiguous()
+
+
+def empty_aligned(*shape, **kwargs):
+    """Rows start at multiples of 16 elements: with unaligned rows, the kernels would run out of registers."""
+    return torch.empty(*shape[:-1], -(-shape[-1] // 16) * 16, **kwargs)[..., :shape[-1]]
+
+
+def operand(q, s, rows, options):
+    """A kernel's three arguments for a matrix: where it is, its scales, and the bytes between its rows."""
+    q = q.flatten(0, -2)
+    # TMA, the copy engine of sm_90 and later, fetches whole tiles, and zeros for what lies beyond the edges
+    where = TensorDescriptor.from_tensor(q, [rows, 128]) if options["TMA"] else q
+    return where, s.contiguous(), q.stride(0)
+
+
+def launch_options(device):
+    """Options of the matrix products. The tiles in flight fill the shared memory: 227 KB in data-center
+    cards, 99 KB in the others. On Hopper three small programs share it: while one scales its sums, the others
+    keep the tensor cores busy."""
+    major, _ = capability(device)
+    if major == 9:
+        return dict(ROWS=64, TMA=True, num_warps=4, num_stages=3)
+    return dict(ROWS=128, TMA=major > 9, num_warps=8, num_stages=4 if major == 10 else 3)
 
 
 def swiglu_backward(g, u, dh):
     """g, u: Quantized (M, I) in 1x128 tiles; dh: (M, I), the gradient of h = silu(g) * u. -> h and the
     gradients of g and u, each (M, I) in dh's dtype, computed in fp32."""
-    if kernels_missing(dh.device) is None:
-        return swiglu_backward_triton(g, u, dh)
-    return swiglu_backward_reference(g, u, dh)
+    if emulated(dh):
+        return swiglu_backward_reference(g, u, dh)
+    (M, K), dh = dh.shape, dh.contiguous()
+    outputs = torch.empty_like(dh), torch.empty_like(dh), torch.empty_like(dh)
+    swiglu_backward_kernel[-(-M // 16), -(-K // 128)](
+        g.q, g.s.T.contiguous(), g.q.stride(0), u.q, u.s.T.contiguous(), u.q.stride(0), dh, *outputs,
+        M, K, ROWS=16, num_warps=4)
+    return outputs
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -538,13 +502,18 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, pow2_x: bool, pow2: 
     """y = x W^T. x: (M, K); weight: (N, K), in FP8 if it has a scale. -> y (M, N) in dtype, and x in FP8: q,
     s."""
     x_q, _ = quantize(x, pow2=pow2_x)
-    w = quantize_weight(weight, pow2=pow2) if scale is None else Quantized(weight[None], scale[None])
-    return [gemm(x_q, w, dtype), *x_q]                                                      # Fprop
+    w = quantize_weights([weight], pow2=pow2) if scale is None else held(weight, scale)
+    return [gemm(x_q, w, dtype)[0], *x_q]                                                   # Fprop
 
 
 @linear.register_fake
 def _(x, weight, scale, pow2_x, pow2, dtype):
-    return [x.new_empty(x.size(0), weight.size(0), dtype=dtype), *empty_tiles(x, *x.shape)]
+    return [x.new_empty(x.size(0), weight.size(0), dtype=dtype), *empty(x, *x.shape)]
+
+
+def held(weight, scale):
+    """A weight that is stored in FP8 (see hold_in_fp8), as quantize_weights returns it."""
+    return Quantized(weight.view(1, -1, *weight.shape[-2:]), scale.view(1, -1, *scale.shape[-2:]))
 
 
 @operation
@@ -553,7 +522,7 @@ def linear_backward(dy: Tensor, weight: Tensor, q: Tensor, s: Tensor, pow2_x: bo
     """q, s: linear's; dtype: x's. -> dx (M, K), dW (N, K)."""
     dy_q, dy_t = quantize(dy, cols=True, pow2=pow2)
     _, x_t = quantize(Quantized(q, s), rows=False, cols=True, pow2=pow2_x)
-    dx = gemm(dy_q, quantize_weight(weight, transposed=True, pow2=pow2), dtype)             # Dgrad
+    dx = gemm(dy_q, quantize_weights([weight], transposed=True, pow2=pow2), dtype)[0]       # Dgrad
     return [dx, weight_grad(weight, dy_t, x_t)]                                             # Wgrad
 
 
@@ -570,15 +539,15 @@ class Linear(torch.autograd.Function):
     """y = x W^T with its three products in FP8; x is saved for the backward pass in FP8."""
 
     @staticmethod
-    def forward(ctx, x, weight, pow2_x, pow2, dtype):
-        y, q, s = linear(x, weight, None, pow2_x, pow2, dtype)
+    def forward(ctx, x, weight, scale, pow2_x, pow2, dtype):
+        y, q, s = linear(x, weight, scale, pow2_x, pow2, dtype)
         ctx.save_for_backward(weight, q, s)
         ctx.options = pow2_x, pow2, x.dtype
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        return *linear_backward(dy, *ctx.saved_tensors, *ctx.options), None, None, None
+        return *linear_backward(dy, *ctx.saved_tensors, *ctx.options), *[None] * 4
 
 
 def scatter_rows(x, place, rows):
@@ -606,21 +575,20 @@ def mlp(x: Tensor, weights: list[Tensor], scales: list[Tensor], place: Tensor | 
     x_q, _ = quantize(x, pow2=pow2)     # before its rows are copied K times
     x_rows = scatter_rows(x_q, place, rows)
     if scales:
-        gate, up, down = (Quantized(w.view(-1, *w.shape[-2:]), s.view(-1, *s.shape[-2:]))
-                          for w, s in zip(weights, scales))
-        g, u = gemm(x_rows, gate, dtype, ends), gemm(x_rows, up, dtype, ends)
+        gate, up, down = map(held, weights, scales)
+        g, u = gemm(x_rows, gate, dtype, ends)[0], gemm(x_rows, up, dtype, ends)[0]
     else:
         g, u = gemm(x_rows, quantize_weights(weights[:2], pow2=pow2), dtype, ends)          # (rows, I) each
-        down = quantize_weight(weights[2], pow2=pow2)
+        down = quantize_weights(weights[2:], pow2=pow2)
     h, _ = quantize(F.silu(g) * u, pow2=pow2)
-    return [gemm(h, down, dtype, ends), *x_q, *quantize(g, pow2=pow2)[0], *quantize(u, pow2=pow2)[0]]
+    return [gemm(h, down, dtype, ends)[0], *x_q, *quantize(g, pow2=pow2)[0], *quantize(u, pow2=pow2)[0]]
 
 
 @mlp.register_fake
 def _(x, weights, scales, place, rows, ends, pow2, dtype):
     (N, D), I = x.shape, weights[0].size(-2)
     y = x.new_empty(rows, D, dtype=dtype)
-    return [y, *empty_tiles(x, N, D), *empty_tiles(x, rows, I), *empty_tiles(x, rows, I)]
+    return [y, *empty(x, N, D), *empty(x, rows, I), *empty(x, rows, I)]
 
 
 @operation
@@ -630,7 +598,7 @@ def mlp_backward(dy: Tensor, weights: list[Tensor], saved: list[Tensor], place: 
     (gate, up, down), (x_q, g_q, u_q) = weights, map(Quantized, saved[::2], saved[1::2])
 
     def dgrad(dy_q, weight, dtype):
-        return gemm(dy_q, quantize_weight(weight, transposed=True, pow2=pow2), dtype, ends)
+        return gemm(dy_q, quantize_weights([weight], transposed=True, pow2=pow2), dtype, ends)[0]
 
     dy_q, dy_t = quantize(dy, cols=True, pow2=pow2)
     h, dg, du = swiglu_backward(g_q, u_q, dgrad(dy_q, down, dy.dtype))                      # (rows, I) each
@@ -655,8 +623,8 @@ class SwiGLU(torch.autograd.Function):
     (§3.3.3)."""
 
     @staticmethod
-    def forward(ctx, x, gate, up, down, place, rows, ends, pow2, dtype):
-        y, *saved = mlp(x, [gate, up, down], [], place, rows, ends, pow2, dtype)
+    def forward(ctx, x, gate, up, down, scales, place, rows, ends, pow2, dtype):
+        y, *saved = mlp(x, [gate, up, down], scales, place, rows, ends, pow2, dtype)
         ctx.save_for_backward(gate, up, down, place, ends, *saved)
         ctx.options = pow2, x.dtype
         return y
@@ -664,7 +632,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         gate, up, down, place, ends, *saved = ctx.saved_tensors
-        return *mlp_backward(dy, [gate, up, down], saved, place, ends, *ctx.options), *[None] * 5
+        return *mlp_backward(dy, [gate, up, down], saved, place, ends, *ctx.options), *[None] * 6
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -677,20 +645,16 @@ class FP8Linear(nn.Linear):
 
     def forward(self, x):
         """x: (..., in_features) bf16 or fp32; returns (..., out_features) in autocast's dtype or x's."""
-        shape, x, options = x.shape[:-1], x.flatten(0, -2), (self.pow2_x, self.pow2, compute_dtype(x))
-        if self.weight.dtype == E4M3:       # see hold_in_fp8
-            y = linear(x, self.weight, self.weight_scale_inv, *options)[0]
-        else:
-            y = Linear.apply(x, self.weight, *options)
-        y = y.unflatten(0, shape)
+        scale = getattr(self, "weight_scale_inv", None)     # see hold_in_fp8
+        y = Linear.apply(x.flatten(0, -2), self.weight, scale, self.pow2_x, self.pow2, compute_dtype(x))
+        y = y.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
 
-def apply_mlp(x, weights, scales, place, rows, ends, pow2):
-    options = place, rows, ends, pow2, compute_dtype(x)
-    if weights[0].dtype == E4M3:            # see hold_in_fp8
-        return mlp(x, weights, scales, *options)[0]
-    return SwiGLU.apply(x, *weights, *options)
+def apply_mlp(layer, x, place, rows, ends):
+    """SwiGLU with the layer's weights, which are gate_proj, up_proj and down_proj, and their scales."""
+    weights, scales = layer.parameters(), list(layer.buffers())         # see hold_in_fp8
+    return SwiGLU.apply(x, *weights, scales, place, rows, ends, layer.pow2, compute_dtype(x))
 
 
 class FP8MLP(MLP):
@@ -699,25 +663,18 @@ class FP8MLP(MLP):
 
     def forward(self, x):
         """x: (..., D); returns the same shape."""
-        layers = self.gate_proj, self.up_proj, self.down_proj
-        weights = [layer.weight for layer in layers]
-        scales = [getattr(layer, "weight_scale_inv", None) for layer in layers]
         rows = x.flatten(0, -2)                                                             # (M, D)
-        return apply_mlp(rows, weights, scales, None, rows.size(0), None, self.pow2).view(x.shape)
+        return apply_mlp(self, rows, None, len(rows), None).view(x.shape)
 
 
 class FP8Experts(Experts):
     """model.Experts in FP8. Each expert's rows are padded to a multiple of 128, since for Wgrad a tile of 128
     tokens must not straddle two experts."""
     pow2 = False
+    swiglu = apply_mlp
 
     def padding(self, x, load):
         return 128, 0, False
-
-    def swiglu(self, x, place, rows, ends):
-        weights = [self.gate_proj, self.up_proj, self.down_proj]
-        scales = [getattr(self, name + "_scale_inv", None) for name in ("gate_proj", "up_proj", "down_proj")]
-        return apply_mlp(x, weights, scales, place, rows, ends, self.pow2)
 
     def gathered(self, x, slots, K):
         load = slots.new_zeros(self.gate_proj.size(0)).scatter_add_(0, slots, torch.ones_like(slots))
@@ -740,28 +697,25 @@ def convert_to_fp8(model, pow2=False):
         raise ValueError(f"FP8 needs cuda or, emulated, cpu; the model is on {device.type}")
     for name, module in model.named_modules():
         if name.rpartition(".")[2] != "lm_head" and type(module) in FP8_LAYERS:
-            swap_class(name, module, pow2)
+            module.__class__ = FP8_LAYERS[type(module)]
+            module.pow2, module.pow2_x = pow2, pow2 or name.endswith("o_proj")
     if reason := kernels_missing(device):
         warnings.warn(f"FP8 is emulated in PyTorch, with the same rounding but no speed-up: {reason}",
                       stacklevel=2)
     return model
 
 
-def swap_class(name, module, pow2):
-    module.__class__ = FP8_LAYERS[type(module)]
-    module.pow2, module.pow2_x = pow2, pow2 or name.endswith("o_proj")
-
-
-def hold_in_fp8(model, pow2=False):
+def hold_in_fp8(model):
     """Make a model that was built on "meta" hold what a release stores in FP8 in that form, for inference:
-    `weight` float8_e4m3fn and `weight_scale_inv`, half of bf16's memory. pow2: as in convert_to_fp8. Left as
-    they are: kv_b_proj, whose weights absorbed attention reads directly, layers whose inputs are no multiple
-    of 128, and what a release does not quantize."""
+    `weight` float8_e4m3fn and `weight_scale_inv`, half of bf16's memory. Left as they are: kv_b_proj, whose
+    weights absorbed attention reads directly, layers whose inputs are no multiple of 128, and what a release
+    does not quantize. Returns the model."""
     for name, module in model.named_modules():
         stays = name.endswith(("lm_head", "eh_proj", "kv_b_proj"))
         if stays or type(module) not in FP8_LAYERS or any(p.size(-1) % 128 for p in module.parameters()):
             continue
-        swap_class(name, module, pow2)
+        module.__class__ = FP8_LAYERS[type(module)]
+        module.pow2_x = name.endswith("o_proj")
         for key, p in list(module.named_parameters(recurse=False)):
             blocks = *p.shape[:-2], -(-p.size(-2) // 128), -(-p.size(-1) // 128)
             setattr(module, key, nn.Parameter(torch.empty_like(p, dtype=E4M3), requires_grad=False))

@@ -156,6 +156,7 @@ def card(request, monkeypatch):
     """Launches kernels as for this card: with pointers, or with TMA descriptors."""
     if DEVICE == "cuda" and NO_GPU:
         pytest.skip(NO_GPU)
+    monkeypatch.setattr(fp8, "kernels_missing", lambda device: None)
     monkeypatch.setattr(fp8, "capability", lambda device: request.param)
 
 
@@ -165,14 +166,14 @@ def card(request, monkeypatch):
 @pytest.mark.parametrize("pow2", [False, True])
 def test_activation_quantizer_equals_the_specification(M, K, pow2):
     x = nasty(M, K)
-    rows, cols = fp8.quantize_triton(x, rows=True, cols=True, pow2=pow2)
+    rows, cols = fp8.quantize(x, cols=True, pow2=pow2)
     assert equal(rows, fp8.quantize_reference(x, pow2=pow2))
     assert equal(cols, fp8.quantize_reference(x.T, pow2=pow2))
-    assert equal(fp8.quantize_triton(x, rows=True, pow2=pow2)[0], rows)
-    again = fp8.quantize_triton(*rows, cols=True, pow2=pow2)[1]
+    assert equal(fp8.quantize(x, pow2=pow2)[0], rows)
+    _, again = fp8.quantize(rows, rows=False, cols=True, pow2=pow2)
     assert equal(again, fp8.quantize_reference(fp8.dequantize(*rows).T, pow2=pow2))
     x = x.bfloat16()
-    assert equal(fp8.quantize_triton(x, rows=True)[0], fp8.quantize_reference(x))
+    assert equal(fp8.quantize(x)[0], fp8.quantize_reference(x))
 
 
 @needs_triton
@@ -180,25 +181,20 @@ def test_activation_quantizer_equals_the_specification(M, K, pow2):
 def test_kernels_keep_nan_and_inf():
     x = nasty(130, 140)
     x[3, 5], x[129, 139], x[10, 10] = torch.nan, torch.nan, torch.inf
-    for got, want in zip(fp8.quantize_triton(x, rows=True, cols=True),
+    for got, want in zip(fp8.quantize(x, cols=True),
                          (fp8.quantize_reference(x), fp8.quantize_reference(x.T))):
         assert equal(got, want) and want.q.float().isnan().any()
-    w = x[None]
-    assert equal(fp8.quantize_triton(w, rows=True, block=True)[0], fp8.quantize_reference(w, 128))
-    assert equal(fp8.quantize_triton(w, cols=True, block=True)[1], fp8.quantize_reference(w.mT, 128))
+    for transposed in False, True:
+        want = fp8.quantize_reference(x.T if transposed else x, 128)
+        assert equal(fp8.quantize_weights([x], transposed), Quantized(want.q[None, None], want.s[None, None]))
 
 
 @needs_triton
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("E, N, K", [(1, 128, 256), (3, 70, 200)])
 @pytest.mark.parametrize("pow2", [False, True])
-def test_weight_quantizer_equals_the_specification(monkeypatch, E, N, K, pow2):
+def test_weight_quantizer_equals_the_specification(E, N, K, pow2):
     w, v = (torch.stack([nasty(N, K) for _ in range(E)]) for _ in range(2))
-    straight, _ = fp8.quantize_triton(w, rows=True, block=True, pow2=pow2)
-    _, transposed = fp8.quantize_triton(w, cols=True, block=True, pow2=pow2)
-    assert equal(straight, fp8.quantize_reference(w, 128, pow2))
-    assert equal(transposed, fp8.quantize_reference(w.mT, 128, pow2))
-    monkeypatch.setattr(fp8, "kernels_missing", lambda device: None)
     for transposed in False, True:
         stacked = fp8.quantize_weights([w, v], transposed, pow2)
         for got, weight in zip(map(Quantized, *stacked), (w, v)):
@@ -228,39 +224,40 @@ def check_tiles(got, want):
 @pytest.mark.parametrize("M, N, K", [(128, 128, 128), (300, 200, 390), (1, 7, 5), (130, 260, 128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gemm_equals_the_specification(M, N, K, dtype):
-    a = fp8.quantize_triton(operands(M, K, 1), rows=True)[0]
-    b = fp8.quantize_triton(operands(N, K, 128, 1)[None], rows=True, block=True)[0]
-    check_tiles(fp8.gemm_triton(a, b, dtype), fp8.gemm_reference(a, b, dtype))
+    a, _ = fp8.quantize(operands(M, K, 1))
+    b = fp8.quantize_weights([operands(N, K, 128, 1)])
+    check_tiles(fp8.gemm(a, b, dtype), fp8.gemm_reference(a, b, dtype))
 
 
 @needs_triton
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("N, K", [(128, 128), (200, 130)])
-def test_grouped_gemm_equals_the_specification_with_empty_experts(monkeypatch, N, K):
+def test_grouped_gemm_equals_the_specification_with_empty_experts(N, K):
     ends = torch.tensor([0, 128, 128, 384, 384], dtype=torch.int32, device=DEVICE)
-    a = fp8.quantize_triton(operands(384, K, 1), rows=True)[0]
-    b = fp8.quantize_triton(torch.stack([operands(N, K, 128, e) for e in range(5)]), rows=True, block=True)[0]
-    want = fp8.gemm_reference(a, b, torch.float32, ends)
-    check_tiles(fp8.gemm_triton(a, b, torch.float32, ends), want)
-    longer = fp8.quantize_triton(torch.cat([operands(384, K, 1), operands(256, K, 1)]), rows=True)[0]
-    for gemm in fp8.gemm_triton, fp8.gemm_reference:        # rows behind the last expert's
-        got = gemm(longer, b, torch.float32, ends)
-        check_tiles(got[:384], want)
-        assert len(got) == 640 and not got[384:].any()
-    monkeypatch.setattr(fp8, "kernels_missing", lambda device: None)
-    two = fp8.quantize_weights([torch.stack([operands(N, K, 128, e + i) for e in range(5)]) for i in (0, 5)])
-    got = fp8.gemm_triton(a, two, torch.float32, ends)      # two products in one
-    check_tiles(got[0], want)
-    check_tiles(got[1], fp8.gemm_reference(a, Quantized(two.q[1], two.s[1]), torch.float32, ends))
+    a, _ = fp8.quantize(operands(384, K, 1))
+    weights = [torch.stack([operands(N, K, 128, seed) for seed in range(j, j + 5)]) for j in (0, 5)]
+    one, two = fp8.quantize_weights(weights[:1]), fp8.quantize_weights(weights)
+    want = fp8.gemm_reference(a, two, torch.float32, ends)
+    check_tiles(fp8.gemm(a, one, torch.float32, ends), want[:1])
+    check_tiles(fp8.gemm(a, two, torch.float32, ends), want)            # two products in one
+    for e, rows in (1, slice(0, 128)), (3, slice(128, 384)):
+        for j in range(2):
+            exact = fp8.dequantize(*a)[rows] @ weights[j][e].T
+            assert relative_error(want[j, rows], exact) < 0.04
+    longer, _ = fp8.quantize(torch.cat([operands(384, K, 1), operands(256, K, 1)]))
+    for gemm in fp8.gemm, fp8.gemm_reference:        # rows behind the last expert's
+        got = gemm(longer, one, torch.float32, ends)
+        check_tiles(got[:, :384], want[:1])
+        assert got.size(1) == 640 and not got[:, 384:].any()
 
 
 @needs_triton
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("N, K, M", [(128, 128, 256), (200, 130, 300), (5, 3, 1)])
 def test_wgrad_equals_the_specification(N, K, M):
-    dy = fp8.quantize_triton(operands(M, N, 128), cols=True)[1]
-    x = fp8.quantize_triton(operands(M, K, 128, 1), cols=True)[1]
-    check_tiles(fp8.wgrad_triton(dy, x), fp8.wgrad_reference(dy, x))
+    _, dy = fp8.quantize(operands(M, N, 128), rows=False, cols=True)
+    _, x = fp8.quantize(operands(M, K, 128, 1), rows=False, cols=True)
+    check_tiles(fp8.wgrad(dy, x), fp8.wgrad_reference(dy, x))
 
 
 @needs_triton
@@ -268,8 +265,8 @@ def test_wgrad_equals_the_specification(N, K, M):
 def test_grouped_wgrad_equals_the_specification_with_empty_experts():
     ends = torch.tensor([0, 256, 256, 384], dtype=torch.int32, device=DEVICE)
     dy, x = operands(512, 70, 128), operands(512, 200, 128, 1)
-    dy_t, x_t = (fp8.quantize_triton(t, cols=True)[1] for t in (dy, x))
-    got, want = fp8.wgrad_triton(dy_t, x_t, ends), fp8.wgrad_reference(dy_t, x_t, ends)
+    dy_t, x_t = (fp8.quantize(t, rows=False, cols=True)[1] for t in (dy, x))
+    got, want = fp8.wgrad(dy_t, x_t, ends), fp8.wgrad_reference(dy_t, x_t, ends)
     assert not got[0].any() and not got[2].any()
     for e, rows in (1, slice(0, 256)), (3, slice(256, 384)):        # the last 128 rows are no expert's
         check_tiles(got[e], want[e])
@@ -281,10 +278,10 @@ def test_grouped_wgrad_equals_the_specification_with_empty_experts():
 @pytest.mark.parametrize("M, I", [(128, 128), (30, 300), (17, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swiglu_backward_equals_the_specification_and_that_autograd(M, I, dtype):
-    (g, _), (u, _) = (fp8.quantize_triton(operands(M, I, 1, seed).to(dtype), rows=True) for seed in (1, 2))
+    (g, _), (u, _) = (fp8.quantize(operands(M, I, 1, seed).to(dtype)) for seed in (1, 2))
     dh = operands(M, I, 128, 3).to(dtype)
     want = fp8.swiglu_backward_reference(g, u, dh)
-    for got, specified in zip(fp8.swiglu_backward_triton(g, u, dh), want):
+    for got, specified in zip(fp8.swiglu_backward(g, u, dh), want):
         check_tiles(got, specified)
     g, u = (fp8.dequantize(*t).requires_grad_() for t in (g, u))
     h = torch.nn.functional.silu(g) * u
@@ -293,28 +290,31 @@ def test_swiglu_backward_equals_the_specification_and_that_autograd(M, I, dtype)
 
 
 @needs_triton
+@pytest.mark.usefixtures("card")
 def test_no_rows_at_all():
-    x = torch.zeros(0, 200, device=DEVICE)
-    q, qt = fp8.quantize_triton(x, rows=True, cols=True)
-    w = fp8.quantize_triton(torch.randn(1, 30, 200, device=DEVICE), rows=True, block=True)[0]
-    assert fp8.gemm_triton(q, w, torch.float32).shape == (0, 30)
-    assert (fp8.wgrad_triton(qt, qt) == torch.zeros(1, 200, 200, device=DEVICE)).all()
+    linear, mlp = FP8Linear(200, 30).to(DEVICE), FP8MLP(200, 30).to(DEVICE)
+    for layer, width in (linear, 30), (mlp, 200):
+        y = layer(torch.zeros(0, 200, device=DEVICE, requires_grad=True))
+        assert y.shape == (0, width)
+        y.sum().backward()
+        assert all(p.grad.shape == p.shape and not p.grad.any() for p in layer.parameters())
 
 
 @needs_gpu
 @pytest.mark.parametrize("M, N, K", [(4096, 7168, 2048), (1000, 2112, 7168)])
 def test_large_products_on_the_gpu(M, N, K):
     x, w = torch.randn(M, K, device="cuda", dtype=torch.bfloat16), torch.randn(N, K, device="cuda")
-    y = fp8.gemm(fp8.quantize(x)[0], fp8.quantize_weight(w), torch.bfloat16)
-    assert relative_error(y, x.float() @ w.T) < 0.04
+    y = fp8.gemm(fp8.quantize(x)[0], fp8.quantize_weights([w]), torch.bfloat16)
+    assert relative_error(y[0], x.float() @ w.T) < 0.04
 
 
 @needs_triton
 @pytest.mark.skipif(DEVICE == "cuda", reason="simulates in the interpreter what a GPU does")
 def test_a_sound_card_is_within_the_tolerances(make_config, monkeypatch, thirteen_bits):
     monkeypatch.setattr(fp8, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(fp8, "kernels_missing", lambda device: None)
     test_gemm_equals_the_specification(130, 130, 390, torch.float32)
-    test_grouped_gemm_equals_the_specification_with_empty_experts(monkeypatch, 128, 128)
+    test_grouped_gemm_equals_the_specification_with_empty_experts(128, 128)
     test_wgrad_equals_the_specification(128, 130, 300)
     test_long_sums_leave_the_tensor_core_every_128_products()
     test_layers_through_the_kernels_equal_the_emulation(make_config, monkeypatch, "mlp", False)
@@ -331,9 +331,9 @@ def test_long_sums_leave_the_tensor_core_every_128_products():
     a, b = (torch.rand(rows, 2048, device=DEVICE).to(E4M3) for rows in (64, 128))
     ones = torch.ones(128, 16, device=DEVICE)
     want = (a.double() @ b.double().T).float()
-    tiles, block = Quantized(a, ones[:64]), Quantized(b[None], ones[None, :1])
-    check_tiles(fp8.gemm_triton(tiles, block, torch.float32), want)
-    check_tiles(fp8.wgrad_triton(tiles, Quantized(b, ones))[0], want)
+    tiles, block = Quantized(a, ones[:64]), Quantized(b[None, None], ones[None, None, :1])
+    check_tiles(fp8.gemm(tiles, block, torch.float32)[0], want)
+    check_tiles(fp8.wgrad(tiles, Quantized(b, ones))[0], want)
     unpromoted = tensor_core(a.cpu(), b.T.cpu())
     assert relative_error(unpromoted, want.cpu()) > 10 * THIRTEEN_BITS["product"]
 
@@ -485,11 +485,11 @@ def test_layers_through_the_kernels_equal_the_emulation(make_config, monkeypatch
     experts = torch.tensor([[0, 3], [3, 4], [4, 3]], device=DEVICE).repeat(50, 1)
     routing = torch.rand(150, 2, device=DEVICE), experts
     results = []
-    for reason in None, "to be emulated":
+    for reason in "to be emulated", None:
         monkeypatch.setattr(fp8, "kernels_missing", lambda device: reason)
         y = layer(x, *routing)[0] if kind == "experts" else layer(x)
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
-    for kernels, emulation in zip(*results):
+    for emulation, kernels in zip(*results):
         assert emulation.any()
         error = relative_error(kernels, emulation)
         assert error < TOLERANCE["layer"], f"{tuple(kernels.shape)} is off by {error}"

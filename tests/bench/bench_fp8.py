@@ -58,36 +58,32 @@ def launches(card=None):
     def quantizers(cols, rows):
         for dtype, pow2, M, K in itertools.product(dtypes, pow2s, lengths, sizes):
             x = torch.ones(M, K, dtype=dtype)
-            yield partial(fp8.quantize_triton, x, rows=rows, cols=cols, pow2=pow2), (dtype, pow2, M, K)
+            yield partial(fp8.quantize, x, rows, cols, pow2), (dtype, pow2, M, K)
 
     def requantizers():
         for pow2, M, K in itertools.product(pow2s, lengths, sizes):
-            yield partial(fp8.quantize_triton, *matrix(M, K), cols=True, pow2=pow2), (pow2, M, K)
+            yield partial(fp8.quantize, matrix(M, K), False, True, pow2), (pow2, M, K)
 
-    def weights(cols):
+    def weights(transposed):
         for dtype, pow2, E, N, K in itertools.product(dtypes, pow2s, (1, 3), sizes, sizes):
             w = torch.ones(E, N, K, dtype=dtype)
-            yield (partial(fp8.quantize_triton, w, rows=not cols, cols=cols, block=True, pow2=pow2),
-                   (dtype, pow2, E, N, K))
+            yield partial(fp8.quantize_weights, [w], transposed, pow2), (dtype, pow2, E, N, K)
 
     ends = torch.tensor([128, 128, 256], dtype=torch.int32)
 
     def gemms(experts, lengths):
         for dtype, E, J, M, N, K in itertools.product(dtypes, experts, (1, 2), lengths, sizes, sizes):
-            stack = (max(E, 1),) if J == 1 else (J, max(E, 1))
-            b = fp8.empty_blocks(ends, *stack, N, K)
-            yield (partial(fp8.gemm_triton, matrix(M, K), b, dtype, ends[:E] if E else None),
-                   (dtype, E, J, M, N, K))
+            b = fp8.empty(ends, J, max(E, 1), N, K)
+            yield partial(fp8.gemm, matrix(M, K), b, dtype, ends[:E] if E else None), (dtype, E, J, M, N, K)
 
     def wgrads(experts, lengths):
         for E, M, N, K in itertools.product(experts, lengths, sizes, sizes):
-            yield (partial(fp8.wgrad_triton, matrix(N, M), matrix(K, M), ends[:E] if E else None),
-                   (E, M, N, K))
+            yield partial(fp8.wgrad, matrix(N, M), matrix(K, M), ends[:E] if E else None), (E, M, N, K)
 
     def swiglus():
         for dtype, M, K in itertools.product(dtypes, lengths, sizes):
             g, u, dh = matrix(M, K), matrix(M, K), torch.ones(M, K, dtype=dtype)
-            yield partial(fp8.swiglu_backward_triton, g, u, dh), (dtype, M, K)
+            yield partial(fp8.swiglu_backward, g, u, dh), (dtype, M, K)
 
     families = {
         "quantize 1x128": quantizers(False, True), "quantize both ways": quantizers(True, True),
@@ -148,8 +144,8 @@ def compiled(capability, launch):
         kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
     driver.set_active(pretended)
-    with patch.object(JITFunction, "run", compile_only), patch.object(fp8, "capability",
-                                                                      lambda device: divmod(capability, 10)):
+    with (patch.object(JITFunction, "run", compile_only), patch.object(fp8, "emulated", lambda x: False),
+          patch.object(fp8, "capability", lambda device: divmod(capability, 10))):
         launch()
     return kernels
 
@@ -256,13 +252,14 @@ def bench_dense():
     for name, (M, N, K) in DENSE.items():
         x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
         w = torch.randn(N, K, device="cuda", dtype=torch.bfloat16)
-        a, b = fp8.quantize(x)[0], fp8.quantize_weight(w)
+        a, b = fp8.quantize(x)[0], fp8.quantize_weights([w])
         one = torch.ones(M, 1, device="cuda"), torch.ones(1, N, device="cuda")
+        q, s = b.q[0, 0], b.s[0, 0]
         out = torch.empty(M, N, device="cuda", dtype=torch.bfloat16)
         run = {"ours": lambda: fp8.gemm(a, b, torch.bfloat16), "bf16": lambda: x @ w.T,
-               "rowwise": lambda: torch._scaled_mm(a.q, b.q[0].T, *one, out_dtype=torch.bfloat16)}
+               "rowwise": lambda: torch._scaled_mm(a.q, q.T, *one, out_dtype=torch.bfloat16)}
         if deep_gemm:
-            run["DeepGEMM"] = lambda: deep_gemm.fp8_gemm_nt((a.q, a.s), (b.q[0], b.s[0]), out)
+            run["DeepGEMM"] = lambda: deep_gemm.fp8_gemm_nt((a.q, a.s), (q, s), out)
         t = times(run)
         print(f"| {name} | {M}, {N}, {K} | {2 * M * N * K / t['ours'] / 1e12:.0f} | "
               f"{t['bf16'] / t['ours']:.2f}x | "
@@ -279,7 +276,8 @@ def bench_grouped():
         x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
         dy = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
         w = torch.randn(E, N, K, device="cuda", dtype=torch.bfloat16)
-        (a, a_t), dy_t, b = fp8.quantize(x, cols=True), fp8.quantize(dy, cols=True)[1], fp8.quantize_weight(w)
+        (a, a_t), (_, dy_t) = fp8.quantize(x, cols=True), fp8.quantize(dy, cols=True)
+        b = fp8.quantize_weights([w])
         t = times({"gemm": lambda: fp8.gemm(a, b, torch.bfloat16, ends),
                    "bf16": lambda: torch.nn.functional.grouped_mm(x, w.mT, offs=ends),
                    "wgrad": lambda: fp8.wgrad(dy_t, a_t, ends),
@@ -296,8 +294,8 @@ def bench_quantizers():
     t = times({"copy": lambda: copy.copy_(x), "1x128": lambda: fp8.quantize(x),
                "both ways": lambda: fp8.quantize(x, cols=True),
                "again, 128x1": lambda: fp8.quantize(q, False, True),
-               "128x128, fp32": lambda: fp8.quantize_weight(w),
-               "128x128, fp32, transposed": lambda: fp8.quantize_weight(w, transposed=True)})
+               "128x128, fp32": lambda: fp8.quantize_weights([w]),
+               "128x128, fp32, transposed": lambda: fp8.quantize_weights([w], transposed=True)})
     moved = {"copy": 4, "1x128": 3, "both ways": 4, "again, 128x1": 2, "128x128, fp32": 5,
              "128x128, fp32, transposed": 5}        # bytes per number
     speed = {name: moved[name] * x.numel() / t[name] for name in t}

@@ -59,18 +59,18 @@ def matmul_14_bits(a, b):
 
 
 def gemm_14_bits(a, b, dtype, ends=None):
-    if b.q.dim() == 4:
-        return torch.stack([gemm_14_bits(a, b_j, dtype, ends) for b_j in map(fp8.Quantized, *b)])
     a, b = fp8.dequantize(*a), fp8.dequantize(*b)
-    parts = [a] if ends is None else a.tensor_split(ends[:-1].tolist())
-    return torch.cat([matmul_14_bits(a_e, b_e) for a_e, b_e in zip(parts, b)]).to(dtype)
+    c = a.new_zeros(b.size(0), a.size(0), b.size(2), dtype=dtype)
+    for c_j, b_j in zip(c, b):
+        for rows, b_e in zip(fp8.expert_rows(ends, len(a)), b_j):
+            c_j[rows] = matmul_14_bits(a[rows], b_e)
+    return c
 
 
 def wgrad_14_bits(dy_t, x_t, ends=None):
     dy_t, x_t = fp8.dequantize(*dy_t), fp8.dequantize(*x_t)
-    split = [] if ends is None else ends[:-1].tolist()
-    pairs = zip(dy_t.tensor_split(split, 1), x_t.tensor_split(split, 1))
-    return torch.stack([matmul_14_bits(dy_e, x_e) for dy_e, x_e in pairs])
+    return torch.stack([matmul_14_bits(dy_t[:, rows], x_t[:, rows])
+                        for rows in fp8.expert_rows(ends, dy_t.size(1))])
 
 
 def train_one(variant, flags):
