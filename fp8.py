@@ -11,9 +11,8 @@ A linear layer y = x W^T is three matrix products, each contracting over a diffe
 FP8 tensor cores want the contracted dimension of both operands contiguous, A (·, k) and B (·, k), so W, x and
 dy are each needed both as they are and transposed. E4M3 has 3 bits of mantissa and reaches from 2^-9 to 448,
 so every number is stored as q = x / s, with an fp32 scale s that puts the largest of its neighbours at 448.
-How many numbers share a scale decides whether this works. Along the contracted dimension it is always 128:
-that is where the partial sum leaves the tensor core, whose own accumulator keeps only about 14 bits, and is
-scaled and added up in fp32:
+Along the contracted dimension, 128 numbers share a scale: that is where the partial sum leaves the tensor
+core, whose own accumulator keeps only about 14 bits, and is scaled and added up in fp32:
 
               k: 128 channels                       k: 128 channels
            ┌────────┬────────┬──                  ┌────────┬────────┬──
@@ -29,8 +28,7 @@ scaled and added up in fp32:
                `------ FP8 tensor cores ------'
 
 Wgrad contracts over tokens, so x and dy have a scale per 128 tokens of one channel there (128x1), which is
-the 1x128 tile of their transpose. The activation x is saved for the backward pass in FP8, and Wgrad
-requantizes it.
+the 1x128 tile of their transpose. x is saved for the backward pass in FP8, and Wgrad requantizes it.
 
 Embedding, head, gate, norms, attention itself, master weights and their gradients stay in bf16/fp32.
 
@@ -73,8 +71,7 @@ class Quantized(NamedTuple):
 # The specification, in PyTorch
 
 def tile_scale(amax, pow2=False):
-    """amax of a tile -> its scale, both fp32. pow2: the next power of two (UE8M0), so requantizing loses
-    nothing."""
+    """amax of a tile -> its scale, both fp32. pow2: the next power of two (UE8M0): requantizing is exact."""
     scale = amax.clamp(min=AMAX_MIN) / E4M3_MAX
     if pow2:        # round the exponent up by clearing the mantissa; inf stays inf
         scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
@@ -82,8 +79,7 @@ def tile_scale(amax, pow2=False):
 
 
 def quantize_reference(x, rows=1, pow2=False):
-    """x: (..., M, K) -> Quantized with a scale per (rows x 128) tile. NaN stays NaN; an inf makes its tile
-    NaN."""
+    """x: (..., M, K) -> Quantized with a scale per (rows x 128) tile. An inf or NaN becomes NaN."""
     M, K = x.shape[-2:]
     x = F.pad(x.float(), (0, -K % 128, 0, -M % rows)).contiguous()
     tiles = x.unflatten(-1, (-1, 128)).unflatten(-3, (-1, rows))            # (..., M/rows, rows, K/128, 128)
@@ -91,7 +87,7 @@ def quantize_reference(x, rows=1, pow2=False):
     scale = tile_scale(amax, pow2)                                              # (..., M/rows, 1, K/128, 1)
     q = (tiles * (1 / scale)).to(E4M3).flatten(-2).flatten(-3, -2)
     s = scale[..., 0, :, 0]
-    return Quantized(q[..., :M, :K], s if rows > 1 else s.mT.contiguous().mT)   # laid out as in empty_tiles
+    return Quantized(q[..., :M, :K], s if rows > 1 else s.mT.contiguous().mT)   # laid out as in empty
 
 
 def dequantize(q, s):
@@ -155,16 +151,8 @@ if triton is not None:
     TILE: tl.constexpr = tl.constexpr(128)
 
     @triton.jit
-    def scale_of(amax, POW2: tl.constexpr):
-        scale = tl.div_rn(tl.maximum(amax, MIN), MAX)      # plain / is an approximation on a GPU
-        if POW2:
-            scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-        return scale
-
-    @triton.jit
     def to_e4m3(v, SM89: tl.constexpr):
-        """Round to nearest, ties to even. On sm_89 Triton casts through fp16 and truncates: v is rounded
-        first."""
+        """Round to nearest, ties to even. On sm_89, Triton's cast truncates, so v is rounded before it."""
         if SM89:
             bits = v.to(tl.int32, bitcast=True)         # to 3 bits of mantissa, ties to even
             bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
@@ -172,6 +160,17 @@ if triton is not None:
             rounded = tl.where(tl.abs(v) < 0.015625, subnormal, bits.to(tl.float32, bitcast=True))
             v = tl.where(v == v, rounded, v)
         return v.to(tl.float8e4nv)
+
+    @triton.jit
+    def quantize_tile(v, AXIS: tl.constexpr, BLOCK: tl.constexpr, POW2: tl.constexpr, SM89: tl.constexpr):
+        """v (128, 128) -> v in FP8, and its scales along AXIS, (128,), all the same for a BLOCK."""
+        amax = tl.max(tl.where(v == v, tl.abs(v), 0.0), AXIS)       # tl.max is undefined for NaN
+        if BLOCK:
+            amax = tl.max(amax, 0) + tl.zeros_like(amax)
+        scale = tl.div_rn(tl.maximum(amax, MIN), MAX)               # plain / is an approximation on a GPU
+        if POW2:
+            scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+        return to_e4m3(v * tl.expand_dims(tl.div_rn(1.0, scale), AXIS), SM89), scale
 
     @triton.jit
     def quantize_kernel(x, x_s, q, s, qt, st, M, K, stride, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -197,26 +196,18 @@ if triton is not None:
         v = tl.load(x + i[:, None] * stride + i[None, :], inside, 0.0).to(tl.float32)
         if x_s is not None:
             v *= tl.load(x_s + k * M + rows, in_rows, 0.0)[:, None]
-        a = tl.where(v == v, tl.abs(v), 0.0)        # tl.max is undefined for NaN
-        at, at_t = i[:, None] * (KB * TILE) + i[None, :], i[:, None] * (MB * TILE) + i[None, :]
         if ROWS:
-            amax = tl.max(a, 1)                                                             # (128,)
-            if BLOCK:
-                amax = tl.max(amax, 0) + tl.zeros_like(amax)
-            scale = scale_of(amax, POW2)
+            v_q, scale = quantize_tile(v, 1, BLOCK, POW2, SM89)
             q += (e * M + m * TILE) * (KB * TILE) + k * TILE
-            tl.store(q + at, to_e4m3(v * tl.div_rn(1.0, scale)[:, None], SM89), in_rows[:, None])
+            tl.store(q + (i[:, None] * (KB * TILE) + i[None, :]), v_q, in_rows[:, None])
             if BLOCK:
                 tl.store(s + (e * MB + m) * KB + k + i, scale, i == 0)
             else:
                 tl.store(s + k * M + rows, scale, in_rows)
         if COLS:
-            amax = tl.max(a, 0)
-            if BLOCK:
-                amax = tl.max(amax, 0) + tl.zeros_like(amax)
-            scale = scale_of(amax, POW2)
+            v_q, scale = quantize_tile(v, 0, BLOCK, POW2, SM89)
             qt += (e * K + k * TILE) * (MB * TILE) + m * TILE
-            tl.store(qt + at_t, tl.trans(to_e4m3(v * tl.div_rn(1.0, scale)[None, :], SM89)), in_cols[:, None])
+            tl.store(qt + (i[:, None] * (MB * TILE) + i[None, :]), tl.trans(v_q), in_cols[:, None])
             if BLOCK:
                 tl.store(st + (e * KB + k) * MB + m + i, scale, i == 0)
             else:
@@ -354,7 +345,7 @@ def launch_quantizer(x, s, straight, transposed, pow2):
     *stack, M, K = x.shape
     x = x.contiguous() if stack or x.stride(1) != 1 else x
     quantize_kernel[(-(-M // 128), -(-K // 128), *(stack or [1]))](
-        x, None if s is None else s.T.contiguous(), *(straight or (None, None)), *(transposed or (None, None)),
+        x, None if s is None else s.T.contiguous(), *(straight or [None] * 2), *(transposed or [None] * 2),
         M, K, x.stride(-2), ROWS=straight is not None, COLS=transposed is not None, BLOCK=bool(stack),
         POW2=pow2, SM89=capability(x.device) == (8, 9), num_warps=8)
 
@@ -426,8 +417,8 @@ def gemm(a, b, dtype, ends=None):
     M, (J, E, N, K), options = len(a.q), b.q.shape, launch_options(a.q.device)
     c = empty_aligned(J, M, N, dtype=dtype, device=a.q.device)
     gemm_kernel[-(-M // options["ROWS"]) * J * -(-N // 128),](
-        *operand(a.q, a.s.T, options["ROWS"], options), *operand(b.q, b.s, 128, options), c, c.stride(1), ends,
-        J, E, M, N, -(-K // 128), EXPERTS=1 << (E - 1).bit_length(), **options)
+        *operand(a.q, a.s.T, options["ROWS"], options), *operand(b.q, b.s, 128, options),
+        c, c.stride(1), ends, J, E, M, N, -(-K // 128), EXPERTS=1 << (E - 1).bit_length(), **options)
     return c.contiguous()
 
 
@@ -482,13 +473,11 @@ def swiglu_backward(g, u, dh):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Forward and backward of the layers. To torch.compile each is one opaque operation: it cannot trace kernels
-# that take TMA descriptors, but it needs only the shapes of what comes out, which the function after each
-# operation tells.
+# Forward and backward of the layers. torch.compile cannot trace kernels that take TMA descriptors: to it each
+# is one opaque operation, whose results have the shapes that the function after it gives.
 
 def operation(function):
-    """A custom operation of PyTorch. It runs outside of autocast: its arguments say what is computed in which
-    dtype."""
+    """A custom operation of PyTorch, which runs outside of autocast: its arguments give the dtypes."""
     @functools.wraps(function)
     def without_autocast(*args):
         with torch.autocast(args[0].device.type, enabled=False):
@@ -499,8 +488,7 @@ def operation(function):
 @operation
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None, pow2_x: bool, pow2: bool,
            dtype: torch.dtype) -> list[Tensor]:
-    """y = x W^T. x: (M, K); weight: (N, K), in FP8 if it has a scale. -> y (M, N) in dtype, and x in FP8: q,
-    s."""
+    """y = x W^T. x: (M, K); weight: (N, K), in FP8 if it has a scale. -> y (M, N) in dtype, and x's q, s."""
     x_q, _ = quantize(x, pow2=pow2_x)
     w = quantize_weights([weight], pow2=pow2) if scale is None else held(weight, scale)
     return [gemm(x_q, w, dtype)[0], *x_q]                                                   # Fprop
@@ -522,8 +510,7 @@ def linear_backward(dy: Tensor, weight: Tensor, q: Tensor, s: Tensor, pow2_x: bo
     """q, s: linear's; dtype: x's. -> dx (M, K), dW (N, K)."""
     dy_q, dy_t = quantize(dy, cols=True, pow2=pow2)
     _, x_t = quantize(Quantized(q, s), rows=False, cols=True, pow2=pow2_x)
-    dx = gemm(dy_q, quantize_weights([weight], transposed=True, pow2=pow2), dtype)[0]       # Dgrad
-    return [dx, weight_grad(weight, dy_t, x_t)]                                             # Wgrad
+    return [input_grad(weight, dy_q, pow2, dtype), weight_grad(weight, dy_t, x_t)]
 
 
 @linear_backward.register_fake
@@ -531,7 +518,11 @@ def _(dy, weight, q, s, pow2_x, pow2, dtype):
     return [dy.new_empty(q.shape, dtype=dtype), torch.empty_like(weight)]
 
 
-def weight_grad(weight, dy_t, x_t, ends=None):
+def input_grad(weight, dy_q, pow2, dtype, ends=None):                                       # Dgrad
+    return gemm(dy_q, quantize_weights([weight], transposed=True, pow2=pow2), dtype, ends)[0]
+
+
+def weight_grad(weight, dy_t, x_t, ends=None):                                              # Wgrad
     return wgrad(dy_t, x_t, ends).view_as(weight).to(weight.dtype)
 
 
@@ -566,12 +557,11 @@ def scatter_rows(x, place, rows):
 @operation
 def mlp(x: Tensor, weights: list[Tensor], scales: list[Tensor], place: Tensor | None, rows: int,
         ends: Tensor | None, pow2: bool, dtype: torch.dtype) -> list[Tensor]:
-    """y = W_down (silu(W_gate x) * W_up x), for one MLP or, with ends, for each expert's rows with its own
-    weights.
+    """y = W_down (silu(W_gate x) * W_up x), of an MLP or, with ends, of experts, each on its rows.
 
     x: (N, D); weights: gate and up, (I, D) or (E, I, D), and down, (D, I) or (E, D, I), in FP8 if they have
-    scales; place, rows: see scatter_rows; ends: see gemm. -> y (rows, D) in dtype; x, W_gate x and W_up x in
-    FP8: q, s each."""
+    scales; place, rows: see scatter_rows; ends: see gemm. -> y (rows, D) in dtype; q, s of x, W_gate x and
+    W_up x."""
     x_q, _ = quantize(x, pow2=pow2)     # before its rows are copied K times
     x_rows = scatter_rows(x_q, place, rows)
     if scales:
@@ -597,16 +587,14 @@ def mlp_backward(dy: Tensor, weights: list[Tensor], saved: list[Tensor], place: 
     """saved: what mlp returns after y; dtype: x's. -> the gradients of x and of the three weights."""
     (gate, up, down), (x_q, g_q, u_q) = weights, map(Quantized, saved[::2], saved[1::2])
 
-    def dgrad(dy_q, weight, dtype):
-        return gemm(dy_q, quantize_weights([weight], transposed=True, pow2=pow2), dtype, ends)[0]
-
     dy_q, dy_t = quantize(dy, cols=True, pow2=pow2)
-    h, dg, du = swiglu_backward(g_q, u_q, dgrad(dy_q, down, dy.dtype))                      # (rows, I) each
+    dh = input_grad(down, dy_q, pow2, dy.dtype, ends)                                       # (rows, I)
+    h, dg, du = swiglu_backward(g_q, u_q, dh)
     dg_q, dg_t = quantize(dg, cols=True, pow2=pow2)
     du_q, du_t = quantize(du, cols=True, pow2=pow2)
     _, h_t = quantize(h, rows=False, cols=True, pow2=pow2)
     _, x_t = quantize(scatter_rows(x_q, place, dy.size(0)), rows=False, cols=True, pow2=pow2)
-    dx = dgrad(dg_q, gate, dtype) + dgrad(du_q, up, dtype)                                  # (rows, D)
+    dx = input_grad(gate, dg_q, pow2, dtype, ends) + input_grad(up, du_q, pow2, dtype, ends)    # (rows, D)
     if place is not None:
         dx = dx[place].view(x_q.q.size(0), -1, dx.size(1)).sum(1)                           # (N, D)
     return [dx, weight_grad(gate, dg_t, x_t, ends), weight_grad(up, du_t, x_t, ends),
@@ -619,8 +607,7 @@ def _(dy, weights, saved, place, ends, pow2, dtype):
 
 
 class SwiGLU(torch.autograd.Function):
-    """mlp, keeping for the backward pass x, W_gate x and W_up x in FP8; their product is recomputed
-    (§3.3.3)."""
+    """mlp. x, W_gate x and W_up x are saved for the backward pass in FP8; h is recomputed (§3.3.3)."""
 
     @staticmethod
     def forward(ctx, x, gate, up, down, scales, place, rows, ends, pow2, dtype):
@@ -662,7 +649,6 @@ class FP8MLP(MLP):
     pow2 = False
 
     def forward(self, x):
-        """x: (..., D); returns the same shape."""
         rows = x.flatten(0, -2)                                                             # (M, D)
         return apply_mlp(self, rows, None, len(rows), None).view(x.shape)
 
@@ -685,13 +671,10 @@ FP8_LAYERS = {nn.Linear: FP8Linear, MLP: FP8MLP, Experts: FP8Experts}
 
 
 def convert_to_fp8(model, pow2=False):
-    """Make a DeepSeekV3, or any module with nn.Linear, MLP or Experts inside, compute in FP8 from now on, in
-    place.
-
-    Embedding, head (lm_head), gates and norms stay. The parameters themselves do not change, so optimizers,
-    checkpoints and state_dict are unaffected. pow2: all scales are powers of two (UE8M0), as DeepSeek-V3.1
-    was trained; else only those of o_proj's input. Warns where the kernels cannot run and PyTorch emulates
-    them; ValueError for a device that has no FP8 numbers at all. Returns the model."""
+    """Make nn.Linear, MLP and Experts inside a model compute in FP8, in place, and return it. Embedding, head
+    (lm_head), gates and norms stay. Parameters and their names stay too, so optimizers and checkpoints are
+    unaffected. pow2: all scales are powers of two (UE8M0), as DeepSeek-V3.1 was trained; else only those of
+    o_proj's input. Warns where PyTorch emulates the kernels; ValueError for a device without FP8 numbers."""
     device = next(model.parameters()).device
     if device.type not in ("cuda", "cpu", "meta"):
         raise ValueError(f"FP8 needs cuda or, emulated, cpu; the model is on {device.type}")
@@ -705,17 +688,17 @@ def convert_to_fp8(model, pow2=False):
     return model
 
 
-def hold_in_fp8(model):
+def hold_in_fp8(model, pow2=False):
     """Make a model that was built on "meta" hold what a release stores in FP8 in that form, for inference:
-    `weight` float8_e4m3fn and `weight_scale_inv`, half of bf16's memory. Left as they are: kv_b_proj, whose
-    weights absorbed attention reads directly, layers whose inputs are no multiple of 128, and what a release
-    does not quantize. Returns the model."""
+    `weight` float8_e4m3fn and `weight_scale_inv`, half of bf16's memory. pow2: as in convert_to_fp8. Left as
+    they are: kv_b_proj, whose weights absorbed attention reads directly, layers whose inputs are no multiple
+    of 128, and what a release does not quantize. Returns the model."""
     for name, module in model.named_modules():
         stays = name.endswith(("lm_head", "eh_proj", "kv_b_proj"))
         if stays or type(module) not in FP8_LAYERS or any(p.size(-1) % 128 for p in module.parameters()):
             continue
         module.__class__ = FP8_LAYERS[type(module)]
-        module.pow2_x = name.endswith("o_proj")
+        module.pow2, module.pow2_x = pow2, pow2 or name.endswith("o_proj")
         for key, p in list(module.named_parameters(recurse=False)):
             blocks = *p.shape[:-2], -(-p.size(-2) // 128), -(-p.size(-1) // 128)
             setattr(module, key, nn.Parameter(torch.empty_like(p, dtype=E4M3), requires_grad=False))
