@@ -308,9 +308,12 @@ def recompute(model):
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
+    def recomputed(forward, *args, **kwargs):       # a frame of its own, as torch.compile skips checkpoint's
+        return checkpoint(forward, *args, use_reentrant=False,
+                          context_fn=partial(create_selective_checkpoint_contexts, policy), **kwargs)
+
     for block in model.model.layers:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False,
-                                context_fn=partial(create_selective_checkpoint_contexts, policy))
+        block.forward = partial(recomputed, block.forward)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -479,7 +482,10 @@ def train(given, on_log):
             torch.set_rng_state(ckpt["rng_state"])
     ckpt, model = None, raw_model       # frees the checkpoint's tensors
     if cfg.compile or cfg.compile is None and device.type == "cuda" and not cfg.fsdp:
-        model = torch.compile(model)
+        torch._dynamo.config.recompile_limit = 16       # 3 kinds, to train, evaluate and --batch_ramp
+        torch._dynamo.config.optimize_ddp = False       # which splits graphs that blocks have split already
+        for block in raw_model.model.layers:            # blocks of one kind share what is compiled
+            block.compile()
     if world > 1 and not cfg.fsdp:
         model = DistributedDataParallel(model)
         model.broadcast_buffers = False     # the only ones are router biases, which are equal on all ranks
@@ -606,7 +612,7 @@ def train(given, on_log):
                     averaged = validation.evaluate(ema.module, cfg.batch_size, device, autocast, doc_ids)
                     val |= {f"{key}_ema": value for key, value in averaged.items()}
                 if rank == 0 and not cfg.fsdp and math.isfinite(val["val_loss"]):
-                    with autocast():
+                    with autocast(), torch.compiler.set_stance("force_eager"):  # decoding has other shapes
                         val["sample"] = short_sample(raw_model, ends_of_data(meta), encoding, cfg)
                 entry |= val
             entry["elapsed_s"] = time.monotonic() - START

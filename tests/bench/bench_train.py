@@ -7,6 +7,7 @@ weights, and how its time grows with the work.
     python tests/bench/bench_train.py --presets   # on a GPU: mini, small, large, four layers of 16b,
                                                   # in bf16 and fp8, compiled and not; without one:
                                                   # FLOPs, bytes and the roofline of an H100
+    python tests/bench/bench_train.py --compile_time    # torch.compile of the model and of its blocks
 
 Medians of repeated steps. The contestants take turns, so that a noisy machine disturbs all of them alike.
 """
@@ -162,7 +163,9 @@ def presets():
                 if arithmetic == "fp8":
                     from fp8 import convert_to_fp8
                     convert_to_fp8(model)
-                trainer = Trainer(torch.compile(model) if compiled else model, our_loss, torch.bfloat16)
+                for block in model.model.layers if compiled else ():
+                    block.compile()
+                trainer = Trainer(model, our_loss, torch.bfloat16)
                 batches = random_batch(config.vocab_size, batch, length, "cuda")
                 seconds, losses = interleaved({"": trainer}, batches, 20)
                 speed = batch * length / seconds[""]
@@ -191,9 +194,37 @@ def roofline():
               f"{1e3 * moved / 3.35e12:.0f} ms | {batch * length / (flops / 989e12 / 0.4):,.0f} tokens/s |")
 
 
+def compile_time():
+    """Seconds of a first step with nothing in the compiler's cache: the whole model compiled, or block by
+    block, as train.py does."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_inductor_cache
+    print("| layers | compiled | graphs | seconds | loss |\n|---|---|---|---|---|")
+    for layers in 3, 12:
+        for blocks in False, True:
+            torch.manual_seed(0)
+            torch.compiler.reset()
+            counters.clear()
+            sizes = BENCH | dict(num_hidden_layers=layers, num_nextn_predict_layers=1)
+            model = DeepSeekV3(DeepSeekV3Config(**sizes))
+            for block in model.model.layers if blocks else ():
+                block.compile()
+            trainer = Trainer(model if blocks else torch.compile(model), our_loss, torch.bfloat16)
+            with fresh_inductor_cache():
+                start = time.perf_counter()
+                loss = trainer.step(*random_batch(model.config.vocab_size, BATCH, T)(0)).item()
+                seconds = time.perf_counter() - start
+            how, graphs = "by block" if blocks else "whole", counters["stats"]["unique_graphs"]
+            print(f"| {layers} | {how} | {graphs} | {seconds:.1f} | {loss:.4f} |", flush=True)
+
+
 if __name__ == "__main__":
     parser = command_line(__doc__)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--presets", action="store_true")
+    parser.add_argument("--compile_time", action="store_true")
     args = parser.parse_args()
-    table() if args.table else presets() if args.presets else beside_transformers()
+    if args.compile_time:
+        compile_time()
+    else:
+        table() if args.table else presets() if args.presets else beside_transformers()
