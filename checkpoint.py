@@ -223,7 +223,10 @@ def model_of_run(run):
     """The model of a run on device "meta". ValueError unless its classes are those that the run was trained
     with."""
     with fitting(run["path"]), torch.device("meta"):
-        model = DeepSeekV3(DeepSeekV3Config(**run["config"]))
+        config = DeepSeekV3Config(**run["config"])
+        if max(config.num_hidden_layers, config.num_nextn_predict_layers) > len(run["model"]):
+            raise LookupError("more layers than tensors")       # would take forever to build
+        model = DeepSeekV3(config)
         replaced = replaced_classes(model)
         if run["replaced"] != replaced:
             before, now = (", ".join(names) or "nothing" for names in (run["replaced"], replaced))
@@ -595,6 +598,9 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
             files.append(INDEX)
             content = {"metadata": {"total_size": total}, "weight_map": index}
             (new / INDEX).write_text(json.dumps(content, indent=2))
+        for path in new.iterdir():
+            with open(path, "rb+") as f:
+                os.fsync(f.fileno())        # not even a power cut costs the earlier checkpoint
     except (safetensors.SafetensorError, OSError) as e:     # a full disk, a folder that can't be written
         raise OSError(f"{dir} can't be written ({one_line(e)}); an earlier checkpoint in it is intact: make "
                       "room, or save to another folder") from None

@@ -95,6 +95,7 @@ def test_a_checkpoint_of_another_format_is_refused(copy):
 
 @pytest.mark.parametrize("key, value", [
     ("config", None), ("config", {"hidden_size": "x"}), ("config", {"no_such_field": 1}), ("model", {}),
+    ("config", {"num_hidden_layers": 10**30}), ("config", {"rope_theta": 10**400}),
     ("model", "other shapes"), ("replaced", 5)])
 def test_a_checkpoint_of_absurd_contents_is_refused(copy, key, value):
     run = checkpoint.load_run(copy / "ckpt.pt")
