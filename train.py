@@ -300,11 +300,13 @@ def recompute(model):
             aten._scaled_dot_product_flash_attention_for_cpu.default,
             aten._scaled_dot_product_cudnn_attention.default,
             aten._scaled_dot_product_efficient_attention.default}
-    q_b_proj = c.q_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    kv_b_proj = c.kv_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
+    q_b_proj = {c.q_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)}
+    kv_b_proj = {c.kv_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)}
 
     def policy(ctx, op, *args, **kwargs):
-        if op in kept and not (op is aten.mm.default and tuple(args[1].shape) in (q_b_proj, kv_b_proj)):
+        product = op is aten.mm.default or op.name() == "fp8::linear"       # of args[0] and a weight, args[1]
+        up = product and set(args[1].shape) in (q_b_proj, kv_b_proj)
+        if (op in kept or op.namespace == "fp8") and not up:
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ import torch
 import fp8
 from fp8 import E4M3, FP8Experts, FP8Linear, FP8MLP, Quantized, convert_to_fp8, quantized_once
 from model import MLP, MTP, DeepSeekV3, Experts
+from train import recompute
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -340,22 +340,27 @@ def test_long_sums_leave_the_tensor_core_every_128_products():
 
 COMPILE = """
 import json, sys, bench_fp8
-for row in bench_fp8.compile_all(int(sys.argv[1]), sample=True):
-    print(json.dumps(row))
+for half, card in enumerate(map(int, sys.argv[1:])):
+    for row in bench_fp8.compile_all(card, list(bench_fp8.launches(card))[half::2]):
+        print(json.dumps(row))
 """
 
 
 @needs_triton
 def test_kernels_compile_to_fp8_tensor_cores_without_spills(tmp_path):
-    """A sample of what the launchers ask for, ahead of time and without a GPU, for sm_89 and sm_120 (mma),
-    sm_90 (wgmma) and sm_100 (tcgen05); tests/bench/bench_fp8.py --sweep compiles all of it. -s prints the
-    registers."""
+    """A sample of what the launchers ask for, ahead of time and without a GPU. Of each pair of cards with the
+    same options, sm_89 and sm_120 (mma), sm_100 (tcgen05) and sm_90 (wgmma), one gets half of the kinds of
+    launches and one the other; tests/bench/bench_fp8.py --sweep compiles everything. -s prints registers."""
     env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     env.pop("TRITON_INTERPRET", None)
-    processes = [subprocess.Popen([sys.executable, "-c", COMPILE, card], cwd=ROOT / "tests/bench", env=env,
-                                  text=True, stdout=subprocess.PIPE) for card in ("89", "90", "100", "120")]
+    pairs = ("89", "120"), ("100", "90")
+    processes = [subprocess.Popen([sys.executable, "-c", COMPILE, *pair], cwd=ROOT / "tests/bench", env=env,
+                                  text=True, stdout=subprocess.PIPE) for pair in pairs]
     rows = [json.loads(line) for process in processes for line in process.communicate()[0].splitlines()]
-    assert {row["capability"] for row in rows} == {89, 90, 100, 120} and len(rows) >= 4 * 6
+    for card in 89, 90, 100, 120:       # all have a quantizer and both products
+        kinds = {row["kernel"].split()[0].strip(",") for row in rows if row["capability"] == card}
+        assert kinds >= {"quantize", "gemm", "wgrad"}
+    assert len({row["kernel"] for row in rows}) == 11
     for row in rows:
         print(row)
         assert not row["faults"], row
@@ -599,11 +604,15 @@ def test_a_weight_is_quantized_once_per_step_and_again_after_an_update(fp8_model
     assert not any(hasattr(p, "fp8_cache") for p in fp8_model.parameters())
 
 
-def test_recomputation_leaves_loss_and_gradients_equal(fp8_model):
+def test_recomputation_keeps_products_but_mla_s_up_projections(fp8_model, monkeypatch):
+    products, gemm = [], fp8.gemm
+    monkeypatch.setattr(fp8, "gemm", lambda *args: products.append(args) or gemm(*args))
     want = loss_and_gradients(fp8_model)
-    for block in fp8_model.model.layers:
-        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+    without = len(products)
+    recompute(fp8_model)
+    products.clear()
     assert all(map(torch.equal, loss_and_gradients(fp8_model), want))
+    assert len(products) == without + 2 * len(fp8_model.model.layers)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="one process of gloo")
@@ -637,7 +646,7 @@ def test_fsdp_weights_are_never_stale(fp8_model):
 @pytest.mark.filterwarnings("ignore:FP8 is emulated")
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_the_whole_model_learns_alike(make_config, bf16):
-    model = DeepSeekV3(make_config(initializer_range=0.05)).to(DEVICE)
+    model = DeepSeekV3(make_config(initializer_range=0.05, num_hidden_layers=2)).to(DEVICE)
     eight = convert_to_fp8(copy.deepcopy(model))
     idx = torch.randint(61, (4, 33), device=DEVICE)
     losses = {}

@@ -191,10 +191,10 @@ def inspect(capability, family, description, kernel):
 TRANSPOSES = ("quantize both ways", "quantize 128x1", "requantize 128x1", "transpose 128x128")
 
 
-def compile_all(capability, sample):
-    """The rows of `inspect` for each kernel that launches() compiles, each kernel once."""
+def compile_all(capability, launches):
+    """The rows of `inspect` for what is launched, each kernel once."""
     seen = set()
-    for family, description, launch in launches(capability if sample else None):
+    for family, description, launch in launches:
         for kernel in compiled(capability, launch):
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
@@ -206,7 +206,7 @@ def print_compiled(sweep):
     titles = "sm kernel sizes warps registers spills shared_memory FP8_MMA TMA_loads faults".split()
     print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
     for capability in CARDS:
-        for row in compile_all(capability, not sweep):
+        for row in compile_all(capability, launches(None if sweep else capability)):
             print(f"| {row['capability']} | {row['kernel']} | {row['sizes']} | {row['warps']} | "
                   f"{row['registers']} | {row['spills']} | {row['shared'] / 1024:.0f} KB | "
                   f"{row['fp8_mma']} | {row['tma_loads']} | {', '.join(row['faults']) or 'none'} |",
