@@ -32,6 +32,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import (FORMAT, fitting, has_bf16, keep_best, load_optimizer, load_run, load_shards,
@@ -345,6 +346,13 @@ def caught_signals():
             signal.signal(number, handler)
 
 
+def cast_weights(model, dtype):
+    """{name: matrix in dtype}, which autocast would cast again for each micro-batch. Gradients flow through
+    to the fp32 weights. The router and the embedding stay in fp32."""
+    return {name: p.to(dtype) for name, p in model.named_parameters()
+            if p.dim() > 1 and not name.endswith(("gate.weight", "embed_tokens.weight"))}
+
+
 def document_ids(separator, x):
     """x (B, T) -> the number of each token's document, (B, T); None where separator is None: no masking."""
     return None if separator is None else (x == separator).cumsum(1)
@@ -483,7 +491,9 @@ def train(given, on_log):
                 ema.n_averaged.fill_(state["step"] - state["skipped"])
             torch.set_rng_state(ckpt["rng_state"])
     ckpt, model = None, raw_model       # frees the checkpoint's tensors
+    eager = contextlib.nullcontext      # for decoding, whose shapes the compiler has not seen
     if cfg.compile or cfg.compile is None and device.type == "cuda" and not cfg.fsdp:
+        eager = partial(torch.compiler.set_stance, "force_eager")
         torch._dynamo.config.recompile_limit = 16       # 3 kinds, to train, evaluate and --batch_ramp
         torch._dynamo.config.optimize_ddp = False       # which splits graphs that blocks have split already
         for block in raw_model.model.layers:            # blocks of one kind share what is compiled
@@ -510,9 +520,10 @@ def train(given, on_log):
     sequences = (sizes * (world * accumulation)).cumsum()       # up to and with each step
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     reused_weights = contextlib.nullcontext
-    if cfg.fp8:
+    if cfg.fp8 and (cfg.recompute or accumulation > 1):
         from fp8 import quantized_once
         reused_weights = partial(quantized_once, raw_model)
+    casts_weights = accumulation > 1 and dtype != torch.float32 and not (cfg.fp8 or cfg.fsdp or cfg.recompute)
     doc_ids = partial(document_ids, meta["separator"] if cfg.mask_documents else None)
     flops_per_token, peak = raw_model.flops_per_token(cfg.block_size), peak_flops(device)
     say(f"{cfg.init_from or cfg.preset}: {raw_model.num_params():,} parameters, "
@@ -540,7 +551,9 @@ def train(given, on_log):
         while state["step"] < cfg.max_iters and not stop:
             step, size = state["step"], int(sizes[state["step"]])
             lr, gamma, lam = schedule(float(sequences[step] / sequences[-1]))
-            losses, load = 0, 0
+            # lambda is a tensor, as torch.compile takes a new number for a new constant
+            lam = torch.tensor(config.mtp_loss_weight * lam)
+            losses, load, weights = 0, 0, cast_weights(model, dtype) if casts_weights else {}
             with reused_weights():
                 for i in range(accumulation):
                     batch = data.batch(state["samples"] + (i * world + rank) * size, size)
@@ -550,9 +563,8 @@ def train(given, on_log):
                     if world > 1:       # DDP averages the gradients after the last micro-batch only
                         model.require_backward_grad_sync = i == accumulation - 1
                     with autocast():
-                        # lambda is a tensor, as torch.compile takes a new number for a new constant
-                        _, loss, aux = model(x, y, doc_ids=doc_ids(x),
-                                             mtp_loss_weight=torch.tensor(config.mtp_loss_weight * lam))
+                        options = dict(doc_ids=doc_ids(x), mtp_loss_weight=lam)
+                        _, loss, aux = functional_call(model, weights, (x, y), options)
                     (loss / accumulation).backward()
                     losses = losses + torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]])
                     load = load + aux["load"]                                                   # (L, E)
@@ -614,7 +626,7 @@ def train(given, on_log):
                     averaged = validation.evaluate(ema.module, cfg.batch_size, device, autocast, doc_ids)
                     val |= {f"{key}_ema": value for key, value in averaged.items()}
                 if rank == 0 and not cfg.fsdp and math.isfinite(val["val_loss"]):
-                    with autocast(), torch.compiler.set_stance("force_eager"):  # decoding has other shapes
+                    with autocast(), eager():
                         val["sample"] = short_sample(raw_model, ends_of_data(meta), encoding, cfg)
                 entry |= val
             entry["elapsed_s"] = time.monotonic() - START

@@ -224,6 +224,27 @@ def test_a_compiled_run_has_two_graphs_per_kind_of_block(data_dir, tmp_path, mon
         assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), rel=1e-4)
 
 
+def test_a_step_casts_its_weights_once_for_all_micro_batches(data_dir, tmp_path):
+    class Casts(TorchDispatchMode):
+        count = 0
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            is_cast = op is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16
+            if is_cast and sorted(args[0].shape) == [4, 16, 32]:        # the matrices of 4 experts
+                Casts.count += torch.is_grad_enabled()
+            return op(*args, **(kwargs or {}))
+
+    def losses(accumulation, batch_size):
+        Casts.count, out_dir = 0, tmp_path / str(accumulation)
+        with Casts():
+            ok(data_dir, out_dir, "--dtype", "bfloat16", "--max_iters", 2, "--batch_size", batch_size,
+               "--gradient_accumulation_steps", accumulation, "--log_interval", 1)
+        return [entry["loss"] for entry in log(out_dir)]
+
+    assert losses(1, 6) == pytest.approx(losses(3, 2), rel=1e-3)
+    layers, matrices, steps = 2, 3, 2       # of MoE: one and the MTP module
+    assert Casts.count == layers * matrices * steps
+
+
 def test_recomputing_saves_memory_and_leaves_the_gradients_equal_bit_for_bit(make_model):
     class Operations(TorchDispatchMode):
         names = []
