@@ -196,10 +196,11 @@ if triton is not None:
         v = tl.load(x + i[:, None] * stride + i[None, :], inside, 0.0).to(tl.float32)
         if x_s is not None:
             v *= tl.load(x_s + k * M + rows, in_rows, 0.0)[:, None]
+        at, at_t = i[:, None] * (KB * TILE) + i[None, :], i[:, None] * (MB * TILE) + i[None, :]
         if ROWS:
             v_q, scale = quantize_tile(v, 1, BLOCK, POW2, SM89)
             q += (e * M + m * TILE) * (KB * TILE) + k * TILE
-            tl.store(q + (i[:, None] * (KB * TILE) + i[None, :]), v_q, in_rows[:, None])
+            tl.store(q + at, v_q, in_rows[:, None])
             if BLOCK:
                 tl.store(s + (e * MB + m) * KB + k + i, scale, i == 0)
             else:
@@ -207,7 +208,7 @@ if triton is not None:
         if COLS:
             v_q, scale = quantize_tile(v, 0, BLOCK, POW2, SM89)
             qt += (e * K + k * TILE) * (MB * TILE) + m * TILE
-            tl.store(qt + (i[:, None] * (MB * TILE) + i[None, :]), tl.trans(v_q), in_cols[:, None])
+            tl.store(qt + at_t, tl.trans(v_q), in_cols[:, None])
             if BLOCK:
                 tl.store(st + (e * KB + k) * MB + m + i, scale, i == 0)
             else:
