@@ -91,8 +91,8 @@ def documents(source, input, out_dir):
 
 
 def files(root, pattern, skip, out_dir):
-    """The Documents in a file, or in the files below a folder that fit pattern, but neither they nor their
-    folders skip. Files that are not text are skipped and counted."""
+    """The Documents in a file, or in the files below a folder that match pattern, except files and folders
+    that match skip. Files that are not text are skipped and counted."""
     paths, odd, found = [root] if root.is_file() else [], [], False
     for where, folders, names in os.walk(root):
         for listed in folders, names:
