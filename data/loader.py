@@ -1,6 +1,4 @@
-"""
-From a folder that data/prepare.py wrote to batches of windows for training, and to the validation loss.
-"""
+"""From a folder that data/prepare.py wrote to batches of windows for training, and to the validation loss."""
 
 import json
 import math
@@ -15,8 +13,8 @@ from data.tokenizer import encoding_from_json, token_lengths
 
 
 def open_bin(path, meta):
-    """Maps a .bin file from disk: its tokens, (n,) uint16 or uint32. Of a .mask file: which tokens of the .bin
-    file beside it are to be predicted, (n,) bool; only data with pairs have one."""
+    """Maps a .bin file from disk: its tokens, (n,) uint16 or uint32. Of a .mask file, which data with pairs
+    have: whether each token of the .bin file beside it is to be predicted, (n,) bool."""
     dtype = np.dtype(bool if path.suffix == ".mask" else meta["dtype"])
     size = path.stat().st_size
     expected = meta.get(f"{path.stem}_tokens", size // dtype.itemsize) * dtype.itemsize     # if recorded

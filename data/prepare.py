@@ -220,8 +220,8 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
             if (staged / name).exists():
                 os.replace(staged / name, out_dir / name)
     print(f"{out_dir}: {meta['train_tokens']:,} train + {meta['val_tokens']:,} val tokens from "
-          f"{meta['documents']:,} documents")
-    print(f"vocabulary {enc.n_vocab:,} ({enc.name}), {meta['bytes_per_token']:.2f} bytes/token, "
+          f"{meta['documents']:,} documents\n"
+          f"vocabulary {enc.n_vocab:,} ({enc.name}), {meta['bytes_per_token']:.2f} bytes/token, "
           f"{meta['dtype']}")
     if fim_rate:
         print(f"fill-in-middle: {meta['fim_documents']:,} documents")
@@ -289,7 +289,7 @@ def write_tokens(docs, enc, ends, dtype, where, fim_rate=0.0):
                 at -= 1
             split = train if whole or at > 0 else val
             with blame(name):
-                split.add([ends.eos[0]])    # ends the document before, so it is predicted even before a prompt
+                split.add([ends.eos[0]])    # ends the document before: predicted even before a prompt
                 if ends.add_bos:
                     split.add([ends.bos], predicted=not is_pair)
                 if is_pair:
