@@ -230,8 +230,8 @@ def model_of_run(run):
         replaced = replaced_classes(model)
         if run["replaced"] != replaced:
             before, now = (", ".join(names) or "nothing" for names in (run["replaced"], replaced))
-            raise ValueError(f"{run['path']} was trained with {before} in place of model.py's own classes, "
-                             f"but there is {now} now; replace the same")
+            raise ValueError(f"{run['path']} was trained with these parts of model.py replaced: {before}; "
+                             f"replaced now: {now}; replace the same ones first")
     return model
 
 
