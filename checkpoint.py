@@ -78,6 +78,8 @@ def sole_process(out_dir):
     """Holds OUT/lock, so that two processes never mix their files in one folder. The kernel releases the lock
     however the process ends: a leftover file means nothing. ValueError if another process holds it."""
     new = not out_dir.exists()
+    if not new and not out_dir.is_dir():
+        raise ValueError(f"--out_dir {out_dir} is a file; give a folder")
     out_dir.mkdir(parents=True, exist_ok=True)
     with open(out_dir / "lock", "w") as f:
         try:

@@ -159,6 +159,13 @@ def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(data_dir, tm
     assert [e["loss"] for e in cut] == [e["loss"] for e in whole]
 
 
+def test_an_out_dir_that_is_a_file_is_named(data_dir, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(SystemExit, match="^train.py: --out_dir .*notes is a file; give a folder$"):
+        ok(data_dir, tmp_path / "notes", "--max_iters", 1)
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
 def test_resume_can_lengthen_a_run_but_not_change_it(data_dir, tmp_path):
     ok(data_dir, tmp_path, "--max_iters", 4)
     for flag, value in ("--hidden_size", 64), ("--seed", 3), ("--batch_size", 2), ("--optimizer", "adamw"):
