@@ -296,20 +296,16 @@ def recompute(model):
     """Activation checkpointing (§3.2.3): the backward pass computes norms, rotations, SwiGLU and MLA's
     up-projections again instead of keeping them. Other products and attention, which cost more, are kept."""
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-    aten, c = torch.ops.aten, model.config
-    kept = {aten.mm.default, aten._grouped_mm.default, aten._scaled_dot_product_flash_attention.default,
-            aten._scaled_dot_product_flash_attention_for_cpu.default,
-            aten._scaled_dot_product_cudnn_attention.default,
-            aten._scaled_dot_product_efficient_attention.default}
+    c = model.config
     q_b_proj = {c.q_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)}
     kv_b_proj = {c.kv_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)}
 
     def policy(ctx, op, *args, **kwargs):
-        product = op is aten.mm.default or op.name() == "fp8::linear"       # of args[0] and a weight, args[1]
-        up = product and set(args[1].shape) in (q_b_proj, kv_b_proj)
-        if (op in kept or op.namespace == "fp8") and not up:
-            return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
+        name = op.name()
+        product = name in ("aten::mm", "fp8::linear")       # of args[0] and a weight, args[1]
+        up_projection = product and set(args[1].shape) in (q_b_proj, kv_b_proj)
+        costly = name in ("aten::mm", "aten::_grouped_mm") or "attention" in name or name.startswith("fp8::")
+        return CheckpointPolicy.MUST_SAVE if costly and not up_projection else CheckpointPolicy.PREFER_RECOMPUTE
 
     def recomputed(forward, *args, **kwargs):       # a frame of its own, as torch.compile skips checkpoint's
         return checkpoint(forward, *args, use_reentrant=False,
@@ -377,16 +373,14 @@ def peak_flops(device):
 
 
 def warn_of_memory(model, cfg, device, dtype):
-    """One line if a step will hardly fit: weights, gradients, moments, and a rough count of activations."""
-    c = model.config
-    width = (8 * c.hidden_size + 3 * (c.num_experts_per_tok + c.n_shared_experts) * c.moe_intermediate_size
-             + 2 * c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim))
-    activations = cfg.batch_size * cfg.block_size * len(model.model.layers) * width * dtype.itemsize
-    need = 16 * sum(p.numel() for p in model.parameters()) / (ranks()[1] if cfg.fsdp else 1) + activations
-    have = math.inf     # of Windows nothing is known
+    """One line if a step will hardly fit: weights, gradients and moments, and about 25 activations of width
+    hidden_size per token and layer."""
+    activations = 25 * cfg.batch_size * cfg.block_size * model.config.hidden_size * len(model.model.layers)
+    params = sum(p.numel() for p in model.parameters()) / (ranks()[1] if cfg.fsdp else 1)
+    need, have = 16 * params + dtype.itemsize * activations, math.inf
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf"):
+    elif hasattr(os, "sysconf"):        # not on Windows
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > have:
         say(f"warning: a step with --batch_size {cfg.batch_size} and --block_size {cfg.block_size} needs "
