@@ -295,7 +295,7 @@ def sharded(whole, device, dtype):
 def recompute(model):
     """Activation checkpointing (§3.2.3): the backward pass computes norms, rotations, SwiGLU and MLA's
     up-projections again instead of keeping them. Other products and attention, which cost more, are kept."""
-    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
     c = model.config
     q_b_proj = {c.q_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)}
     kv_b_proj = {c.kv_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)}
@@ -305,14 +305,19 @@ def recompute(model):
         product = name in ("aten::mm", "fp8::linear")       # of args[0] and a weight, args[1]
         up_projection = product and set(args[1].shape) in (q_b_proj, kv_b_proj)
         costly = name in ("aten::mm", "aten::_grouped_mm") or "attention" in name or name.startswith("fp8::")
-        return CheckpointPolicy.MUST_SAVE if costly and not up_projection else CheckpointPolicy.PREFER_RECOMPUTE
+        if costly and not up_projection:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
 
-    def recomputed(forward, *args, **kwargs):       # a frame of its own, as torch.compile skips checkpoint's
-        return checkpoint(forward, *args, use_reentrant=False,
-                          context_fn=partial(create_selective_checkpoint_contexts, policy), **kwargs)
-
+    contexts = partial(create_selective_checkpoint_contexts, policy)
     for block in model.model.layers:
-        block.forward = partial(recomputed, block.forward)
+        block.forward = partial(recomputed, block.forward, contexts)
+
+
+def recomputed(forward, contexts, *args, **kwargs):
+    """A frame of its own, as torch.compile skips checkpoint's."""
+    checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, context_fn=contexts)
+    return checkpoint(forward, *args, **kwargs)
 
 
 # ----------------------------------------------------------------------------------------------------------
