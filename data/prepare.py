@@ -24,14 +24,8 @@ cut at two random characters and reordered, so that a model learns to fill a hol
     separator, <｜fim▁begin｜>, prefix, <｜fim▁hole｜>, suffix, <｜fim▁end｜>, middle, separator, ...
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports needs no traceback
-
 import argparse
 import contextlib
-import difflib
 import fnmatch
 import http.client
 import json
@@ -43,6 +37,7 @@ import tempfile
 import time
 import urllib.request
 import zlib
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,24 +88,21 @@ def documents(source, input, out_dir):
 def files(root, pattern, skip, out_dir):
     """The Documents in a file, or in the files below a folder that match pattern, except files and folders
     that match skip. Files that are not text are skipped and counted."""
-    paths, odd, found = [root] if root.is_file() else [], [], False
+    paths, odd = [root] if root.is_file() else [], []
     for where, folders, names in os.walk(root):
         for listed in folders, names:
             listed[:] = [name for name in listed if not any(fnmatch.fnmatchcase(name, s) for s in skip)]
         own = FILES if Path(where).resolve() == out_dir.resolve() else ()   # our output is not our input
         paths += [Path(where, name) for name in fnmatch.filter(names, pattern) if name not in own]
+    paths = [path for path in paths if path.is_file() and path.stat().st_size]
     for path in progress(sorted(paths, key=lambda p: p.relative_to(root).as_posix()), f"reading {root}"):
-        if not path.is_file() or not path.stat().st_size:
-            continue
         if path.suffix.lower() == ".jsonl":
             yield from json_lines(path)
-            found = True
         elif fault := text_fault(raw := path.read_bytes()):
             odd.append(f"{path} {fault}")
         else:
             yield Document(raw, str(path))
-            found = True
-    if not found:
+    if len(odd) == len(paths):
         raise ValueError(f"no text in {root}: {odd[0] if odd else 'name some with --input FILE_OR_DIR'}")
     if odd:
         print(f"skipped: {odd[0]}" + f" (and {len(odd) - 1} more like it)" * (len(odd) > 1))
@@ -192,10 +184,10 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
     holds already stay.
 
     Returns what meta.json holds: dtype, vocab_size, tokenizer, separator, bos, eos, add_bos (ids, see Ends),
-    max_token (the highest id in the data), source, documents, pairs, bytes_per_token, {train,val}_tokens,
-    {train,val}_bytes, {train,val}.bin_crc32 (by which a resumed run knows its data), fim_rate, fim_documents.
+    max_token (the highest id in the data), source, documents, pairs, fim_documents, bytes_per_token,
+    {train,val}_{tokens,bytes}, {train,val}.bin_crc32 (by which a resumed run knows its data).
 
-    ValueError for bad input, OSError or ImportError; an earlier dataset in out_dir is then untouched. Memory:
+    ValueError, OSError or ImportError for bad input; an earlier dataset in out_dir is then untouched. Memory:
     one document with its tokens at a time.
     """
     out_dir = Path(out_dir)
@@ -223,8 +215,6 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
           f"{meta['documents']:,} documents\n"
           f"vocabulary {enc.n_vocab:,} ({enc.name}), {meta['bytes_per_token']:.2f} bytes/token, "
           f"{meta['dtype']}")
-    if fim_rate:
-        print(f"fill-in-middle: {meta['fim_documents']:,} documents")
     return meta
 
 
@@ -259,8 +249,6 @@ class Split:
                 ids = np.frombuffer(part, np.uint8)     # no list of a billion ints for a GB of text
             else:
                 ids = encode(self.enc, part.decode(), special)
-                if self.enc.decode_bytes(ids) != part:
-                    raise ValueError(f"tokenizer {self.enc.name} loses text (its pattern skips some)")
             self.bytes += len(part)
             self.text_tokens += len(ids)
         self.file.write(np.asarray(ids, self.dtype).tobytes())
@@ -313,14 +301,11 @@ def write_tokens(docs, enc, ends, dtype, where, fim_rate=0.0):
                 split.add([ends.eos[0]])
     bins = {name: np.memmap(where / f"{name}.bin", dtype, "r") for name in ("train", "val")}
     meta = {"documents": len(queue), "bytes_per_token": total / (train.text_tokens + val.text_tokens),
-            "max_token": max(int(tokens.max()) for tokens in bins.values())}
+            "max_token": max(int(tokens.max()) for tokens in bins.values()),
+            "pairs": pairs, "fim_documents": fims}
     for name, split in ("train", train), ("val", val):
         meta |= {f"{name}_bytes": split.bytes, f"{name}_tokens": len(bins[name]),
                  f"{name}.bin_crc32": zlib.crc32(bins[name])}
-    if pairs:
-        meta["pairs"] = pairs
-    if fim_rate:
-        meta |= {"fim_rate": fim_rate, "fim_documents": fims}
     return meta
 
 
@@ -339,11 +324,11 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False)
 
     def error(self, message):
-        words, flags = message.split(), list(self._option_string_actions)
-        wrong = {word.split("=")[0].rstrip(":,") for word in words if word.startswith("-")} - {*flags}
-        close = [flag for word in sorted(wrong) for flag in difflib.get_close_matches(word, flags, 1)]
+        words = message.partition("unrecognized arguments: ")[2].split()
+        wrong = [word.partition("=")[0] for word in words if word.startswith("-")]
+        close = [flag for word in wrong for flag in get_close_matches(word, self._option_string_actions, 1)]
         hint = f"did you mean {', '.join(close)}?" if close else "--help lists the flags"
-        self.exit(2, f"{self.prog}: {' '.join(words)[:300]}; {hint}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())[:300]}; {hint}\n")
 
 
 def main():
@@ -373,5 +358,4 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

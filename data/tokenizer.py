@@ -44,7 +44,7 @@ DEEPSEEK_PATTERN = "|".join([
     r" ?[\p{P}\p{S}&&[^CJK]]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?![^\s\p{N}CJK])", r"\s+",
     r"[^\s\p{L}\p{M}\p{P}\p{S}\p{N}CJK]+(?![\p{L}\p{M}&&[^CJK]])"]).replace("CJK", "一-龥぀-ゟ゠-ヿ")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-# a tokenizer must lose none of it: every kind of character that Unicode knows
+# every kind of character that Unicode knows: a tokenizer must lose none
 PROBE = ("Hi, it's 1234\r\n\t   of 我们の・e\u0301 👩\u200d🚀 \u200b\0 ǅʰª\u0903\u20ddⅧ² ‿—([)]«» +$^© "
          "\xa0\u2028\u2029\x85\ue000\u0378")
 # what the regex of a Split may consist of: anchors, \w, \b, named groups and the like mean one thing to
@@ -58,9 +58,7 @@ SYNTAX = re.compile("(?:" + "|".join([
 def get_tokenizer(name_or_path):
     """-> tiktoken.Encoding. name_or_path: "bytes", "gpt2" (downloaded on first use), a .tiktoken file, a
     tokenizer.json of byte-level BPE, such as DeepSeek-V3's, or a folder with that or Kimi's tiktoken.model.
-
-    FileNotFoundError, ValueError for an unsupported or damaged file, OSError for gpt2 while offline.
-    """
+    Adds ENDOFTEXT to a tokenizer that knows no token which ends a text."""
     if name_or_path == "bytes":     # pieces of 64: 4x faster than a piece per character
         return build("bytes", r"[\s\S]{1,64}", BYTES, {ENDOFTEXT: 256})
     if name_or_path == "gpt2":
@@ -98,12 +96,9 @@ class Ends(NamedTuple):
 
 
 def read_ends(name_or_path, enc):
-    """The Ends of a tokenizer whose encoding is enc.
-
-    The files of a release declare them: config.json by ids, which generation_config.json overrides, and
-    tokenizer_config.json by names. The named eos comes first. If no eos is declared, it is the first of
-    KNOWN_EOS (and bos too, as in GPT-2); get_tokenizer makes sure that there is one.
-    """
+    """The Ends of a tokenizer whose encoding is enc, as the files of a release declare them: config.json by
+    ids, which generation_config.json overrides, and tokenizer_config.json by names. The named eos comes
+    first. If no eos is declared, it is the first of KNOWN_EOS (and bos too, as in GPT-2)."""
     path, ids, said = tokenizer_path(name_or_path), enc._special_tokens, {}
     if path.name in ("tokenizer.json", "tiktoken.model"):   # a file of any other name may lie beside anything
         for file in "special_tokens_map", "tokenizer_config", "config", "generation_config":
@@ -118,10 +113,9 @@ def read_ends(name_or_path, enc):
 
     named = [said.get("bos_token"), said.get("eos_token")]
     bos, eos = [ids.get(token["content"] if isinstance(token, dict) else token) for token in named]
-    bos, stops = said.get("bos_token_id") if bos is None else bos, said.get("eos_token_id", [])
-    stops = stops if isinstance(stops, list) else [stops]
-    if eos is not None:
-        stops = sorted(stops or [eos], key=lambda token: token != eos)
+    bos = said.get("bos_token_id") if bos is None else bos
+    stops = said.get("eos_token_id", [] if eos is None else eos)
+    stops = sorted(stops if isinstance(stops, list) else [stops], key=lambda token: token != eos)
     for token in stops if bos is None else [*stops, bos]:
         if type(token) is not int or not 0 <= token < enc.n_vocab:
             raise ValueError(f"bos or eos token {repr(token)[:100]} is not one of the tokenizer's "
@@ -210,20 +204,22 @@ def build(name, pat_str, ranks, special_tokens):
     for byte in BYTES:
         need(byte in ranks, f"a vocabulary without a token for the byte {byte!r}")
     enc = tiktoken.Encoding(name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special_tokens)
-    need(enc.decode(encode(enc, PROBE)) == PROBE, f"a pattern that loses text ({pat_str[:60]!r})")
+    encode(enc, PROBE)
     return enc
 
 
 def encode(enc, text, special=False):
     """Token ids of text. A literal "<|endoftext|>" is text like any other, unless `special`."""
     try:
-        return enc.encode(text, allowed_special="all") if special else enc.encode_ordinary(text)
+        ids = enc.encode(text, allowed_special="all") if special else enc.encode_ordinary(text)
     except BaseException as error:
         if type(error).__name__ != "PanicException":    # Rust's: no Exception, its class can't be imported
             raise
         raise ValueError(f"the pattern of tokenizer {enc.name} fails on this text: a run of a million spaces "
                          "or the like is too long for it (shorten it, or use --tokenizer bytes), or it has "
                          "an empty match") from None
+    need(enc.decode(ids) == text, f"a pattern that loses text ({enc._pat_str[:60]!r})")
+    return ids
 
 
 def need(ok, feature):
@@ -255,13 +251,10 @@ def from_tiktoken_file(path):
         pattern = KIMI_PATTERN
         special = {added_text(token): int(i) for i, token in spec["added_tokens_decoder"].items()}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line:    # as tiktoken does
-            continue
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
-            raise ValueError(f"line {number} is not `base64 rank`") from None
+        with blame(f"line {number} is not `base64 rank`"):
+            if line:    # tiktoken skips empty lines too
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
     need(sorted(ranks.values()) == list(range(len(ranks))), "a rank missing, or twice,")
     return build(path.name, pattern, ranks, special)
 
@@ -293,13 +286,9 @@ def from_tokenizer_json(path):
         need(alphabet.keys() >= set(token), f"token {token!r} (not byte-level)")
         return bytes(alphabet[c] for c in token)
 
-    special = {}
-    for token in spec.get("added_tokens") or []:
-        text, free = added_text(token), max(len(model["vocab"]), 1 + max(special.values(), default=0))
-        theirs = model["vocab"].get(text, special.get(text, free))
-        need(token["id"] == theirs,
-             f"added token {text!r} with the id {token['id']}, for which Hugging Face takes {theirs},")
-        special[text] = theirs
+    special = {added_text(token): token["id"] for token in spec.get("added_tokens") or []}
+    for token, i in special.items():
+        need(model["vocab"].get(token, i) == i, f"added token {token!r} with an id unlike its vocabulary's")
     ranks = {raw(token): i for token, i in model["vocab"].items() if token not in special}
     merges = [tuple(map(raw, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
     made = [ranks.get(b"".join(pair)) for pair in merges if len(pair) == 2]
@@ -341,22 +330,18 @@ def needed_merges(ranks):
 def one_pattern(pre_tokenizer):
     """The single pattern that cuts text like a pre_tokenizer: GPT-2's, which ByteLevel has built in, that of
     a single Split, or DeepSeek-V3's. ValueError for any other."""
-    splits = []
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False} if pre_tokenizer.get("use_regex", True):
             return GPT2_PATTERN
         case {"type": "Sequence", "pretokenizers": [
-                *splits, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}:
-            pass
-    if splits == pre_tokenizer_json(DEEPSEEK_PATTERN)["pretokenizers"][:-1]:
-        return DEEPSEEK_PATTERN
-    match splits:
-        case [{"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}
-              | {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Removed", "invert": True}
-              ] if SYNTAX.fullmatch(regex):
+                {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}
+                | {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Removed", "invert": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+                ]} if SYNTAX.fullmatch(regex):
             return regex    # what lies between matches is kept or dropped; build sees that there is nothing
-    raise ValueError(f"pre_tokenizer {str(pre_tokenizer)[:300]} is not supported; GPT-2's, DeepSeek-V3's, "
-                     "and a single Split whose regex means the same to tiktoken are")
+    need(pre_tokenizer == pre_tokenizer_json(DEEPSEEK_PATTERN), f"pre_tokenizer {str(pre_tokenizer)[:300]}, "
+         "unlike GPT-2's, DeepSeek-V3's, and a single Split whose regex means the same to tiktoken,")
+    return DEEPSEEK_PATTERN
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -370,21 +355,19 @@ def tokenizer_files(enc, ends=None):
     names = {i: token for token, i in special}
     letters = {b: c for c, b in byte_alphabet().items()}
     spelled = {token: "".join(letters[b] for b in token) for token in enc._mergeable_ranks}
-    merges, whole = needed_merges(enc._mergeable_ranks)
+    merges, _ = needed_merges(enc._mergeable_ranks)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    template = None
-    if add_bos:
-        name = names.get(bos, str(bos))
-        first, a, b = ({kind: {"id": id, "type_id": 0}} for kind, id in (
-            ("SpecialToken", name), ("Sequence", "A"), ("Sequence", "B")))
-        template = {"type": "TemplateProcessing", "single": [first, a], "pair": [first, a, b],
-                    "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}}}
+    name = names.get(bos, str(bos))
+    first = {"SpecialToken": {"id": name, "type_id": 0}}
+    a, b = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
+    template = {"type": "TemplateProcessing", "single": [first, a], "pair": [first, a, b],
+                "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}}}
     return {
         "tokenizer.json": {
             "version": "1.0", "added_tokens": [{"id": i, "content": token, **plain} for token, i in special],
-            "pre_tokenizer": pre_tokenizer_json(enc._pat_str), "post_processor": template,
-            "decoder": BYTE_LEVEL,
-            "model": {"type": "BPE", "ignore_merges": bool(whole),
+            "pre_tokenizer": pre_tokenizer_json(enc._pat_str), "decoder": BYTE_LEVEL,
+            "post_processor": template if add_bos else None,
+            "model": {"type": "BPE", "ignore_merges": True,     # whole pieces of text first, like tiktoken
                       "vocab": {spelled[t]: i for t, i in enc._mergeable_ranks.items()} | dict(special),
                       "merges": [[spelled[a], spelled[b]] for a, b in merges]}},
         "tokenizer_config.json": {
