@@ -422,8 +422,8 @@ def read_weight(stored, name, in_fp8=False, pow2=False):
                              "negative or not finite")
     if in_fp8 == (scale is not None):
         return tensor, scale
-    from fp8 import quantize_reference, weight_dequant      # imports Triton, which is slow
-    return quantize_reference(tensor, 128, pow2) if in_fp8 else (weight_dequant(tensor, scale), None)
+    from fp8 import dequantize, quantize_reference      # imports Triton, which is slow
+    return quantize_reference(tensor, 128, pow2) if in_fp8 else (dequantize(tensor, scale), None)
 
 
 def released_tensors(model):

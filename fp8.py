@@ -91,8 +91,8 @@ def quantize_reference(x, rows=1, pow2=False):
 
 
 def dequantize(q, s):
-    """q: (..., M, K) float8_e4m3fn, s: scales of its 1x128 tiles or 128x128 blocks, the last of which may be
-    ragged, (..., M or ceil(M/128), ceil(K/128)) -> fp32 (..., M, K)."""
+    """The two of a Quantized, or a released weight and its weight_scale_inv, which multiplies in spite of its
+    name -> fp32 (..., M, K)."""
     M, K = q.shape[-2:]
     if s.size(-2) != M:
         s = s.repeat_interleave(128, -2)[..., :M, :]
@@ -104,12 +104,6 @@ def dequantize(q, s):
 
 
 E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
-
-
-def weight_dequant(weight, scale_inv):
-    """A released checkpoint's FP8 to fp32. weight: (M, N) float8_e4m3fn; scale_inv: (ceil(M/128),
-    ceil(N/128)), the scales of its blocks, which multiply in spite of their name."""
-    return dequantize(weight, scale_inv.float())
 
 
 def expert_rows(ends, M):

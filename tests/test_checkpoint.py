@@ -23,7 +23,7 @@ from checkpoint import load_run
 from data.prepare import prepare
 from data.tokenizer import (BYTES, DEEPSEEK_EOS, KIMI_PATTERN, Ends, build, encode, get_tokenizer,
                             read_ends, token_bytes, tokenizer_files)
-from fp8 import quantize_reference, weight_dequant
+from fp8 import dequantize, quantize_reference
 from model import MLA, MLP, DeepSeekV3, DeepSeekV3Config
 
 st = pytest.importorskip("safetensors.torch", reason="released checkpoints are safetensors files")
@@ -204,7 +204,7 @@ def test_a_head_in_fp8_and_its_copy(tmp_path, make_model):
     for name in "lm_head.weight", "model.layers.3.shared_head.head.weight":
         tensors |= {name: q.clone(), name + "_scale_inv": scale.clone()}
     loaded = DeepSeekV3.from_pretrained(write(tmp_path, tensors, config_json(model.config)))
-    assert torch.equal(loaded.lm_head.weight, weight_dequant(q, scale))
+    assert torch.equal(loaded.lm_head.weight, dequantize(q, scale))
     tensors["model.layers.3.shared_head.head.weight_scale_inv"] *= 2
     write(tmp_path, tensors, config_json(model.config))
     with pytest.raises(ValueError, match="model.layers.3.shared_head.head.weight differs"):
@@ -271,7 +271,7 @@ def test_fp8_blocks_dequantise_and_quantise(shape):
     q, scale = quantize_reference(w, 128)
     assert q.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32
     assert q.shape == shape and scale.shape == tuple(-(-n // 128) for n in shape)
-    back = weight_dequant(q, scale)
+    back = dequantize(q, scale)
     for i in range(scale.size(0)):
         for j in range(scale.size(1)):
             block = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
@@ -280,7 +280,7 @@ def test_fp8_blocks_dequantise_and_quantise(shape):
             assert torch.allclose(scale[i, j], amax / 448) and torch.allclose(back[block].abs().max(), amax)
             assert ((back[block] - w[block]).abs() <= w[block].abs() / 16 + amax / 448 / 512).all()
     q, scale = quantize_reference(torch.zeros(130, 5), 128)
-    assert torch.equal(weight_dequant(q, scale), torch.zeros(130, 5))
+    assert torch.equal(dequantize(q, scale), torch.zeros(130, 5))
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -297,7 +297,7 @@ def test_fp8_loads_dequantised(tmp_path, make_model, shards):
     full = torch.kron(scale, torch.ones(128, 128))[:144, :272]
     assert torch.equal(loaded.state_dict()[name], (tensors[name].float() * full).bfloat16())
     expert = "model.layers.1.mlp.experts.7.up_proj.weight"
-    want = weight_dequant(tensors[expert], tensors[expert + "_scale_inv"])
+    want = dequantize(tensors[expert], tensors[expert + "_scale_inv"])
     in_fp32 = DeepSeekV3.from_pretrained(tmp_path, torch.float32)
     assert torch.equal(in_fp32.model.layers[1].mlp.experts.up_proj[7], want)
 
@@ -358,7 +358,7 @@ def test_weights_can_stay_in_fp8(tmp_path, make_model, stored_in_fp8):
     if stored_in_fp8:
         assert torch.equal(experts.down_proj[7].float(), tensors[name].float())
         assert torch.equal(experts.down_proj_scale_inv[7], tensors[name + "_scale_inv"])
-    assert torch.allclose(weight_dequant(experts.down_proj[7], experts.down_proj_scale_inv[7]),
+    assert torch.allclose(dequantize(experts.down_proj[7], experts.down_proj_scale_inv[7]),
                           plain.model.layers[1].mlp.experts.down_proj[7], rtol=0.07, atol=1e-4)
     idx = torch.randint(61, (2, 40))
     with torch.no_grad():
