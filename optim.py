@@ -1,8 +1,6 @@
 """
 Optimization as in §4.2 of the report: schedules, a ramp of the batch size, AdamW (its moments in BF16,
 §3.3.3), a moving average of the weights (§3.2.2); and Muon, which is not in the report: small models profit.
-
-    batch_sizes, schedule -> Muon, BF16AdamW -> param_groups -> make_optimizers -> averaged_model
 """
 
 import math
@@ -127,11 +125,11 @@ class BF16AdamW(torch.optim.Optimizer):
                             *group["betas"], group["eps"], group["weight_decay"])
 
 
-def param_groups(model, weight_decay=0.1):
+def param_groups(model):
     """Three groups: hidden matrices (what Muon takes), embedding and head, and norms, which do not decay."""
     params, ends = list(model.parameters()), {model.model.embed_tokens.weight, model.lm_head.weight}
-    return [{"params": [p for p in params if p.dim() > 1 and p not in ends], "weight_decay": weight_decay},
-            {"params": [p for p in params if p in ends], "weight_decay": weight_decay},
+    return [{"params": [p for p in params if p.dim() > 1 and p not in ends], "weight_decay": 0.1},
+            {"params": [p for p in params if p in ends], "weight_decay": 0.1},
             {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}]
 
 
