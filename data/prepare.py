@@ -24,6 +24,11 @@ cut at two random characters and reordered, so that a model learns to fill a hol
     separator, <｜fim▁begin｜>, prefix, <｜fim▁hole｜>, suffix, <｜fim▁end｜>, middle, separator, ...
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports needs no traceback
+
 import argparse
 import contextlib
 import fnmatch
@@ -358,4 +363,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
