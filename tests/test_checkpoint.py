@@ -27,7 +27,6 @@ from fp8 import dequantize, quantize_reference
 from model import MLA, MLP, DeepSeekV3, DeepSeekV3Config
 
 st = pytest.importorskip("safetensors.torch", reason="released checkpoints are safetensors files")
-pytestmark = pytest.mark.usefixtures("one_thread")
 YARN = dict(type="yarn", factor=4, original_max_position_embeddings=32, beta_fast=32, beta_slow=1, mscale=0.7,
             mscale_all_dim=1.0)
 NASTY = ("Hi, it's 1234567\r\n\r\n\t   of      spaces 我们の・e\u0301 👩\u200d🚀 \u200b IT'S "
@@ -392,7 +391,6 @@ def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
         import checkpoint as module
         from model import DeepSeekV3
         def kb(key): return int(open("/proc/self/status").read().split(key)[1].split()[0])
-        torch.set_num_threads(1)
         read, seen = module.read_tensor, [0]
         def sampled(*args):
             tensor = read(*args)

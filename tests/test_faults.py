@@ -23,7 +23,6 @@ from data.prepare import prepare
 from test_train import SHAPE, assert_equal_runs, command, data_dir, interrupt, log, ok  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def refused(*argv, main=train.main):
@@ -270,20 +269,20 @@ def test_only_monotonic_clocks():
 
 # ---------------------------------------------------------------------- terminals and pipes
 
-def start(data_dir, out_dir, *flags, **env):  # noqa: F811
-    return subprocess.Popen(command(data_dir, out_dir, *flags), env=os.environ | env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def test_no_character_costs_a_run(data_dir, tmp_path):  # noqa: F811
+def test_no_character_costs_a_run(data_dir, tmp_path, monkeypatch):  # noqa: F811
     """The sample of an untrained model is full of characters that ASCII lacks."""
-    said, err = start(data_dir, tmp_path, "--max_iters", 1, PYTHONIOENCODING="ascii").communicate(timeout=300)
-    assert b"done." in said and b"sample" in said and not err, err
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    train.main(command(data_dir, tmp_path, "--max_iters", 1)[2:])
+    terminal.flush()
+    said = terminal.buffer.getvalue()
+    assert b"done." in said and b"sample" in said
     assert checkpoint.load_run(tmp_path)["state"]["step"] == 1
 
 
 def test_a_closed_pipe_stops_a_run_saved(data_dir, tmp_path):  # noqa: F811
-    process = start(data_dir, tmp_path, "--max_iters", 100_000, "--log_interval", 1)
+    process = subprocess.Popen(command(data_dir, tmp_path, "--max_iters", 100_000, "--log_interval", 1),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=300) == 130 and process.stderr.read() == b""
@@ -326,7 +325,6 @@ import os, random, signal, sys, time
 sys.path.insert(0, {root!r})
 import torch, checkpoint, train
 import torch._dynamo        # which an optimizer imports: once here, not in each process
-torch.set_num_threads(1)
 argv = sys.argv[1:]
 out, rng = argv[argv.index("--out_dir") + 1], random.Random(0)
 

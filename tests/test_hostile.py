@@ -22,7 +22,6 @@ from model import DeepSeekV3
 from test_checkpoint import CL100K, config_json, released, toy_ranks, write
 from test_data import bpe_json, sequence, split_json
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ABSURD = [None, True, False, 0, 1, -1, 2, 3, 7, 2**15, 2**30, 2**31 - 1, 2**31, 2**62, 10**30, -2**31, 0.5,
           1.5, -0.0, 1e-320, 1e308,
           float("nan"), float("inf"), "", "8", "yarn", "deepseek_v3", [], [8], {}, {"type": "yarn"},

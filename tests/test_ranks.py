@@ -28,7 +28,6 @@ FORKER = """
 import json, os, sys
 sys.path.insert(0, {root!r})
 import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor, train
-torch.set_num_threads(1)
 for line in sys.stdin:
     pids, (world, port, patch, argv, out) = [], json.loads(line)
     for rank in range(world):

@@ -54,7 +54,7 @@ def run(command, monkeypatch):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, one_thread):
+def folder(tmp_path, monkeypatch):
     """A folder of a reader who has a text, pairs of prompts and completions, and a released model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text(README)
