@@ -1,6 +1,5 @@
 """From a folder that data/prepare.py wrote to batches of windows for training, and to the validation loss."""
 
-import json
 import math
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from data.prepare import SOURCES, prepare, progress
-from data.tokenizer import encoding_from_json, token_lengths
+from data.tokenizer import blame, encoding_from_json, need, read_json, token_lengths
 
 
 def open_bin(path, meta):
@@ -65,13 +64,11 @@ class Tokens:
 
 
 def read_meta(path):
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["dtype"] in ("uint16", "uint32") and 0 <= meta["separator"] < meta["vocab_size"] < 2**31:
-            return meta
-    except (ValueError, KeyError, TypeError):
-        pass        # the same sentence for all that can be wrong with it
-    raise ValueError(f"{path} is damaged; delete the folder and prepare the data again")
+    with blame(f"{path} is damaged; delete the folder and prepare the data again"):
+        meta = read_json(path)
+        need(meta["dtype"] in ("uint16", "uint32"), f"dtype {meta['dtype']}")
+        need(0 <= meta["separator"] < meta["vocab_size"] < 2**31, "a separator outside the vocabulary")
+        return meta
 
 
 def open_data(cfg, config, vocab_size_given, rank=0):
@@ -82,9 +79,9 @@ def open_data(cfg, config, vocab_size_given, rank=0):
         print(f"{data_dir} has no data yet: preparing {data_dir.name}")
         prepare(data_dir, data_dir.name, again=False)
     for name in ("meta.json", "encoding.json", "train.bin", "val.bin"):
-        if not (data_dir / name).is_file() or not (data_dir / name).stat().st_size:
-            missing = f"has no {name}, or it is empty" if data_dir.exists() else "does not exist"
-            raise ValueError(f"{data_dir} {missing}; prepare your text with: python data/prepare.py "
+        path = data_dir / name
+        if not path.is_file() or not path.stat().st_size:
+            raise ValueError(f"{path} is missing or empty; prepare your text with: python data/prepare.py "
                              f"--input FILE_OR_DIR --out_dir {data_dir}")
     meta = read_meta(data_dir / "meta.json")
     encoding = (data_dir / "encoding.json").read_text(encoding="utf-8")

@@ -296,21 +296,20 @@ def write_tokens(docs, enc, ends, dtype, where, fim_rate=0.0):
                         split.add(part.encode())
                     fims += 1
                 else:
-                    split.add(doc[:at] or doc)
-                    if 0 < at < size:
-                        val.add(doc[at:])
+                    train.add(doc[:at])
+                    val.add(doc[at:])
         if not train.bytes or not val.bytes:
             raise ValueError(f"too little text to split into train and val: {total} bytes")
         for split in train, val:
             if pairs:   # the last completion ends too
                 split.add([ends.eos[0]])
-    bins = {name: np.memmap(where / f"{name}.bin", dtype, "r") for name in ("train", "val")}
-    meta = {"documents": len(queue), "bytes_per_token": total / (train.text_tokens + val.text_tokens),
-            "max_token": max(int(tokens.max()) for tokens in bins.values()),
-            "pairs": pairs, "fim_documents": fims}
+    meta = {"documents": len(queue), "pairs": pairs, "fim_documents": fims, "max_token": 0,
+            "bytes_per_token": total / (train.text_tokens + val.text_tokens)}
     for name, split in ("train", train), ("val", val):
-        meta |= {f"{name}_bytes": split.bytes, f"{name}_tokens": len(bins[name]),
-                 f"{name}.bin_crc32": zlib.crc32(bins[name])}
+        tokens = np.memmap(where / f"{name}.bin", dtype, "r")
+        meta |= {f"{name}_bytes": split.bytes, f"{name}_tokens": len(tokens),
+                 f"{name}.bin_crc32": zlib.crc32(tokens),
+                 "max_token": max(meta["max_token"], int(tokens.max()))}
     return meta
 
 

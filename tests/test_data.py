@@ -443,7 +443,7 @@ def test_a_dataset_that_is_half_there_is_none(tmp_path, monkeypatch, nth):
     monkeypatch.setattr(os, "replace", move)
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / "out", input=text)
-    with pytest.raises(ValueError, match="has no meta.json, or it is empty; prepare your text"):
+    with pytest.raises(ValueError, match="meta.json is missing or empty; prepare your text"):
         open_data(config(tmp_path / "out"), config(""), False)
     assert len(moves) == nth and (nth < 4 or moves[-1] == "meta.json")
     assert not list((tmp_path / "out").glob(".prepare-*"))
@@ -478,7 +478,7 @@ def test_stray_files_are_no_data(tmp_path, small_stdlib):
 def test_only_the_sources_are_prepared_unasked(tmp_path, small_stdlib, name, exists):
     if exists:
         write(tmp_path / name, {"lock": b""})
-    words = (rf"{name} (has no meta.json, or it is empty|does not exist); prepare your text with: "
+    words = (rf"{name}/meta.json is missing or empty; prepare your text with: "
              rf"python data/prepare.py --input FILE_OR_DIR --out_dir .*{name}$")
     with pytest.raises(ValueError, match=words):
         open_data(config(tmp_path / name), config(""), False)

@@ -505,8 +505,8 @@ def damage(data_dir, folder, name, content):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("train.bin", None, "has no train.bin"), ("train.bin", b"", "is empty"), ("val.bin", b"", "is empty"),
-    ("meta.json", None, "has no meta.json"), ("meta.json", b"{", "meta.json"),
+    ("train.bin", None, "train.bin is missing"), ("train.bin", b"", "or empty"), ("val.bin", b"", "or empty"),
+    ("meta.json", None, "meta.json is missing"), ("meta.json", b"{", "meta.json"),
     ("meta.json", b"[]", "meta.json"),
     ("meta.json", b'{"dtype": "float99", "vocab_size": 9, "separator": 3}', "meta.json"),
     ("encoding.json", b"{}", "encoding"), ("train.bin", b"\0" * 8, "too few"),
