@@ -461,7 +461,7 @@ def train(given, on_log):
                              f"{cfg.init_from} --out_dir DIR")
     with torch.device("meta"):
         replaced = replaced_classes(DeepSeekV3(config))
-    validation = Validation(Path(cfg.data_dir, "val.bin"), meta, encoding, cfg.block_size)
+    validation = Validation(Path(cfg.data_dir, "val.bin"), meta, encoding, cfg.batch_size, cfg.block_size)
     if rank == 0 and cfg.resume and ckpt["path"] != str(out_dir / "ckpt.pt"):
         if (out_dir / "ckpt.pt").exists():
             os.replace(out_dir / "ckpt.pt", out_dir / "ckpt.damaged.pt")
@@ -536,7 +536,7 @@ def train(given, on_log):
         if state["step"] >= cfg.max_iters:
             say(f"{out_dir} has done its {cfg.max_iters} steps; to train on, give a larger --max_iters")
     elif cfg.init_from:
-        val = validation.evaluate(model, cfg.batch_size, device, autocast, doc_ids)
+        val = validation.evaluate(model, device, autocast, doc_ids)
         say(f"step 0/{cfg.max_iters} | {evaluation(val)}")
         if rank == 0:
             nothing_yet = dict.fromkeys(["loss", "main_loss", "mtp_loss", "balance_loss", "lr", "grad_norm",
@@ -618,11 +618,11 @@ def train(given, on_log):
             name = f"step {state['step']}/{cfg.max_iters}"
             say(f"{name} | {progress(entry)} | {left // 60}:{left % 60:02d} left")
             if evaluate:
-                val = validation.evaluate(model, cfg.batch_size, device, autocast, doc_ids)
+                val = validation.evaluate(model, device, autocast, doc_ids)
                 if val["val_loss"] < state["best"]["val_loss"]:
                     state["best"] = {"val_loss": val["val_loss"], "iter": state["step"]}
                 if ema:
-                    averaged = validation.evaluate(ema.module, cfg.batch_size, device, autocast, doc_ids)
+                    averaged = validation.evaluate(ema.module, device, autocast, doc_ids)
                     val |= {f"{key}_ema": value for key, value in averaged.items()}
                 if rank == 0 and not cfg.fsdp and math.isfinite(val["val_loss"]):
                     with autocast(), eager():

@@ -23,6 +23,12 @@ def open_bin(path, meta):
     return np.memmap(path, dtype, mode="r")
 
 
+def check_ids(path, highest, vocab_size):
+    if highest >= vocab_size:
+        raise ValueError(f"{path} holds token {highest}, outside the vocabulary of {vocab_size}; prepare the "
+                         "data again with the model's tokenizer, or give a new model a larger --vocab_size")
+
+
 class Tokens:
     """The windows of a .bin file, in an order that depends on the seed and the sample's number only.
 
@@ -53,9 +59,7 @@ class Tokens:
                 self.order = rng.permutation(self.windows)
             starts.append(self.offset + self.order[j] * self.T)
         rows = np.stack([self.tokens[at:at + self.T + 1] for at in starts])
-        if rows.max() >= self.vocab_size:       # on a GPU the model can't look without a stall
-            raise ValueError(f"{self.path} holds token {rows.max()}, outside the model's vocabulary of "
-                             f"{self.vocab_size}; prepare the data again, or raise --vocab_size")
+        check_ids(self.path, rows.max(), self.vocab_size)   # on a GPU the model can't look without a stall
         x = torch.from_numpy(rows[:, :-1].astype(np.int64))
         y = torch.from_numpy(rows[:, 1:].astype(np.int64))
         if self.mask is not None:
@@ -87,10 +91,7 @@ def open_data(cfg, config, vocab_size_given, rank=0):
     encoding = (data_dir / "encoding.json").read_text(encoding="utf-8")
     if not vocab_size_given:
         config.vocab_size = -(-meta["vocab_size"] // 64) * 64       # a multiple of 64: tensor cores like it
-    elif (highest := meta.get("max_token", meta["vocab_size"] - 1)) >= config.vocab_size:
-        raise ValueError(f"the data in {data_dir} hold token {highest}, outside the model's vocabulary of "
-                         f"{config.vocab_size}; a new model needs a larger --vocab_size, a trained one data "
-                         "without this token")
+    check_ids(data_dir, meta.get("max_token", meta["vocab_size"] - 1), config.vocab_size)
     return meta, encoding, Tokens(data_dir / "train.bin", meta, cfg.block_size, config.vocab_size, cfg.seed)
 
 
@@ -101,12 +102,10 @@ class Validation:
     first one starts with a separator.
     """
 
-    def __init__(self, path, meta, encoding, block_size):
+    def __init__(self, path, meta, encoding, batch_size, block_size):
         lengths, separator = token_lengths(encoding_from_json(encoding)), meta["separator"]
         tokens = open_bin(path, meta)[:4 * 2**18].astype(np.int64)
-        if tokens.max() >= len(lengths):
-            raise ValueError(f"{path} holds token {tokens.max()}, outside the tokenizer's vocabulary of "
-                             f"{len(lengths)}; prepare the data again")
+        check_ids(path, tokens.max(), len(lengths))
         tokens = tokens[:np.searchsorted(lengths[tokens].cumsum(), 2**18, side="right")]
         targets = tokens.copy()
         if meta.get("pairs"):
@@ -116,18 +115,17 @@ class Validation:
         self.n, self.bytes = int((targets != -100).sum()), int(lengths[targets[targets != -100]].sum())
         if not self.bytes:
             raise ValueError(f"{path} holds no text to evaluate on; prepare more data")
-        spare = -len(targets) % block_size
-        self.x = F.pad(torch.from_numpy(tokens[:-1]), (0, spare), value=separator).view(-1, block_size)
-        self.y = F.pad(torch.from_numpy(targets), (0, spare), value=-100).view(-1, block_size)
+        shape = -1, batch_size, block_size      # equal batches: torch.compile would recompile for others
+        spare = -len(targets) % (batch_size * block_size)
+        self.x = F.pad(torch.from_numpy(tokens[:-1]), (0, spare), value=separator).view(shape)
+        self.y = F.pad(torch.from_numpy(targets), (0, spare), value=-100).view(shape)
 
     @torch.no_grad()
-    def evaluate(self, model, batch_size, device, autocast, doc_ids):
+    def evaluate(self, model, device, autocast, doc_ids):
         """-> val_loss in nats per token, val_bpb in bits per byte of the raw text."""
         model.eval()
         nats = 0.0
-        spare = -len(self.x) % batch_size       # equal batches: torch.compile would recompile for others
-        x_all, y_all = F.pad(self.x, (0, 0, 0, spare)), F.pad(self.y, (0, 0, 0, spare), value=-100)
-        for x, y in progress(list(zip(x_all.split(batch_size), y_all.split(batch_size))), "evaluating"):
+        for x, y in progress(list(zip(self.x, self.y)), "evaluating"):
             x, y = x.to(device), y.to(device)
             with autocast():
                 logits = model(x, doc_ids=doc_ids(x))[0]        # without targets: no MTP

@@ -216,10 +216,9 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
         for name in FILES:
             if (staged / name).exists():
                 os.replace(staged / name, out_dir / name)
-    print(f"{out_dir}: {meta['train_tokens']:,} train + {meta['val_tokens']:,} val tokens from "
-          f"{meta['documents']:,} documents\n"
-          f"vocabulary {enc.n_vocab:,} ({enc.name}), {meta['bytes_per_token']:.2f} bytes/token, "
-          f"{meta['dtype']}")
+    print(f"{out_dir}: {meta['documents']:,} documents, {meta['train_tokens']:,} train + "
+          f"{meta['val_tokens']:,} val tokens, vocabulary {enc.n_vocab:,} ({enc.name}), "
+          f"{meta['bytes_per_token']:.2f} bytes/token")
     return meta
 
 
@@ -351,10 +350,6 @@ def main():
     out_dir = args.out_dir or Path(__file__).parent / name
     try:
         prepare(out_dir, args.source, args.input, args.tokenizer, args.fim_rate)
-        print(end="", flush=True)
-    except BrokenPipeError:     # as in `python data/prepare.py | head`; nothing is left to flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, ImportError) as error:

@@ -201,8 +201,7 @@ def build(name, pat_str, ranks, special_tokens):
     need(b"" not in ranks and "" not in special_tokens and isinstance(name, str), "an empty token or name")
     for token, other in itertools.pairwise(sorted(special_tokens)):     # Hugging Face finds the longer one
         need(not other.startswith(token), f"special token {other!r}, which begins with another, {token!r},")
-    for byte in BYTES:
-        need(byte in ranks, f"a vocabulary without a token for the byte {byte!r}")
+    need(ranks.keys() >= BYTES.keys(), "a vocabulary without a token for each byte")
     enc = tiktoken.Encoding(name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special_tokens)
     encode(enc, PROBE)
     return enc
@@ -291,40 +290,23 @@ def from_tokenizer_json(path):
         need(model["vocab"].get(token, i) == i, f"added token {token!r} with an id unlike its vocabulary's")
     ranks = {raw(token): i for token, i in model["vocab"].items() if token not in special}
     merges = [tuple(map(raw, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
-    made = [ranks.get(b"".join(pair)) for pair in merges if len(pair) == 2]
-    need(len(made) == len(merges) and None not in made, "a merge that is no pair, or makes no token")
+    made = [ranks.get(b"".join(pair)) for pair in merges if len(pair) == 2 and ranks.keys() >= {*pair}]
+    need(len(made) == len(merges) and None not in made, "a merge that is no pair of tokens, or makes none")
 
-    # tiktoken knows no merges: it joins the pair that makes the lowest id. That gives the same tokens if the
-    # ids grow in the order of the merges, and every pair that it joins is a merge.
+    # tiktoken knows no merges: it looks the whole piece of text up, then joins the neighbours that make the
+    # lowest id. That gives the same tokens if the ids grow in the order of the merges, and no neighbours make
+    # a token that no merge makes.
     need(made == sorted(made), "a merge order that differs from the order of the ids")
-    pairs, whole = needed_merges(ranks)
-    merges = set(merges)
-    unmade = [a + b for a, b in pairs if (a, b) not in merges]
-    if not model.get("ignore_merges"):  # it finds whole pieces of text first, as tiktoken does
-        unmade += whole
-    if unmade:
-        raise ValueError(f"token {unmade[0]!r}, which no merges build up, is not supported")
+    for token in sorted(ranks.keys() - BYTES.keys() - {a + b for a, b in merges}, key=ranks.get):
+        need(model.get("ignore_merges") and not halves(token, ranks),
+             f"token {token!r}, which no merges build up,")
     return build(path.name, one_pattern(spec.get("pre_tokenizer")), ranks, special)
 
 
-def needed_merges(ranks):
-    """The pairs that tiktoken joins, by the rank of what they make, and the tokens that it only finds as a
-    whole piece of text, since the merges below their rank leave more than two parts of them."""
-    merges, whole = [], []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            best, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
-            if best >= rank:
-                break
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
-        elif len(parts) > 2:
-            whole.append(token)
-            pairs = [(token[:i], token[i:]) for i in range(1, len(token))]  # tiktoken joins them elsewhere
-            merges += [(a, b) for a, b in pairs if a in ranks and b in ranks]
-    return merges, whole
+def halves(token, ranks):
+    """The pairs of tokens that make a token."""
+    pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+    return [(a, b) for a, b in pairs if a in ranks and b in ranks]
 
 
 def one_pattern(pre_tokenizer):
@@ -354,8 +336,8 @@ def tokenizer_files(enc, ends=None):
     special = sorted(enc._special_tokens.items(), key=lambda item: item[1])
     names = {i: token for token, i in special}
     letters = {b: c for c, b in byte_alphabet().items()}
-    spelled = {token: "".join(letters[b] for b in token) for token in enc._mergeable_ranks}
-    merges, _ = needed_merges(enc._mergeable_ranks)
+    ranks = dict(sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]))
+    spelled = {token: "".join(letters[b] for b in token) for token in ranks}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     name = names.get(bos, str(bos))
     first = {"SpecialToken": {"id": name, "type_id": 0}}
@@ -368,8 +350,8 @@ def tokenizer_files(enc, ends=None):
             "pre_tokenizer": pre_tokenizer_json(enc._pat_str), "decoder": BYTE_LEVEL,
             "post_processor": template if add_bos else None,
             "model": {"type": "BPE", "ignore_merges": True,     # whole pieces of text first, like tiktoken
-                      "vocab": {spelled[t]: i for t, i in enc._mergeable_ranks.items()} | dict(special),
-                      "merges": [[spelled[a], spelled[b]] for a, b in merges]}},
+                      "vocab": {spelled[t]: i for t, i in ranks.items()} | dict(special),
+                      "merges": [[spelled[a], spelled[b]] for t in ranks for a, b in halves(t, ranks)]}},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
             "add_bos_token": add_bos, "bos_token": names.get(bos), "bos_token_id": bos,

@@ -292,11 +292,11 @@ def test_validation_counts_every_token_once(tmp_path):
     (tmp_path / "text.txt").write_bytes(text)
     meta = prepare(tmp_path / "d", input=tmp_path / "text.txt")
     val = text[len(text) * 9 // 10:]
-    v = Validation(tmp_path / "d" / "val.bin", meta, (tmp_path / "d" / "encoding.json").read_text(), 32)
+    v = Validation(tmp_path / "d" / "val.bin", meta, (tmp_path / "d" / "encoding.json").read_text(), 4, 32)
     assert v.n == v.bytes == len(val)
     assert bytes(v.y[v.y != -100].tolist()) == val
-    assert v.x[0, 0] == meta["separator"] and bytes(v.x.flatten()[1:v.n].tolist()) == val[:-1]
-    assert int((v.y != -100).sum()) == len(val) and v.x.shape[1] == 32
+    assert v.x[0, 0, 0] == meta["separator"] and bytes(v.x.flatten()[1:v.n].tolist()) == val[:-1]
+    assert int((v.y != -100).sum()) == len(val) and v.x.shape[1:] == (4, 32)
 
     config = DeepSeekV3Config.preset("tiny")
     model = DeepSeekV3(config)
@@ -306,7 +306,7 @@ def test_validation_counts_every_token_once(tmp_path):
             row = [meta["separator"], *val][i:i + 32 + 1]
             logp = model(torch.tensor([row[:-1]]))[0].log_softmax(-1)[0]
             nats -= sum(logp[j, token].item() for j, token in enumerate(row[1:]))
-    found = v.evaluate(model, 4, torch.device("cpu"), torch.no_grad, lambda x: None)
+    found = v.evaluate(model, torch.device("cpu"), torch.no_grad, lambda x: None)
     assert found["val_loss"] == pytest.approx(nats / len(val), rel=1e-4)
     assert found["val_bpb"] == pytest.approx(nats / len(val) / math.log(2), rel=1e-4)
     assert model.training
@@ -315,7 +315,7 @@ def test_validation_counts_every_token_once(tmp_path):
 def test_validation_stops_at_256_kb(tmp_path):
     (tmp_path / "text.txt").write_bytes(b"0123456789abcde\n" * 180_000)
     meta = prepare(tmp_path / "d", input=tmp_path / "text.txt")
-    v = Validation(tmp_path / "d" / "val.bin", meta, (tmp_path / "d" / "encoding.json").read_text(), 256)
+    v = Validation(tmp_path / "d" / "val.bin", meta, (tmp_path / "d" / "encoding.json").read_text(), 4, 256)
     assert meta["val_tokens"] > 2**18 and v.bytes == v.n == 2**18
 
 
@@ -339,7 +339,7 @@ def test_an_epoch_shows_each_window_once_and_the_next_one_another_cut(tmp_path):
 
 def test_a_token_outside_the_vocabulary_is_named(tmp_path):
     np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    with pytest.raises(ValueError, match=r"token \d\d, outside the model's vocabulary of 64"):
+    with pytest.raises(ValueError, match=r"token \d\d, outside the vocabulary of 64"):
         Tokens(tmp_path / "train.bin", {"dtype": "uint16"}, 16, 64, seed=1).batch(0, 5)
 
 
@@ -390,9 +390,9 @@ def test_the_average_of_the_weights_is_evaluated_saved_and_resumed(data_dir, tmp
     assert last["val_loss"] == log(tmp_path / "plain")[-1]["val_loss"] != last["val_loss_ema"]
     assert f"of the average {last['val_loss_ema']:.4f}, {last['val_bpb_ema']:.4f}" in done.stdout
     meta = json.loads((data_dir / "meta.json").read_text())
-    validation = Validation(data_dir / "val.bin", meta, b["encoding"], 32)
+    validation = Validation(data_dir / "val.bin", meta, b["encoding"], 4, 32)
     model = sample.load(tmp_path / "whole", "cpu", ema=True)[0]
-    found = validation.evaluate(model, 4, torch.device("cpu"), torch.no_grad, lambda x: None)
+    found = validation.evaluate(model, torch.device("cpu"), torch.no_grad, lambda x: None)
     assert found["val_loss"] == pytest.approx(last["val_loss_ema"], rel=1e-6)
     said = [ok(None, None, "--ckpt", tmp_path / "whole", "--temperature", 1, "--max_new_tokens", 100, *flag,
                script="sample.py").stdout for flag in ([], ["--ema"])]
@@ -459,7 +459,7 @@ def test_samples_leave_the_run_as_it_is(data_dir, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     (["--preset", "huge"], "unknown preset 'huge'"),
     (["--hidden_sise", "3"], "--hidden_sise"),
-    (["--vocab_size", "100"], "hold token 256, outside the model's vocabulary of 100; a new model"),
+    (["--vocab_size", "100"], "holds token 256, outside the vocabulary of 100; prepare"),
     (["--max_position_embeddings", "16"], "YaRN"),
     (["--n_routed_experts", "5"], "not divisible"),
     (["--num_experts_per_tok", "5"], "more than the 4 experts"),
