@@ -2,7 +2,7 @@ import os
 import sys
 from pathlib import Path
 
-# The tests' tensors are so small that a second thread costs more than it computes, seconds where another process
+# On tensors as small as these a second thread waits longer than it computes, seconds where another process
 # wants the core. The processes that tests start inherit this.
 os.environ["OMP_NUM_THREADS"] = "1"
 
