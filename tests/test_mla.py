@@ -295,10 +295,10 @@ def test_which_attention_runs_on_which_gpu(make_config, monkeypatch, major, dtyp
     assert seen == ([backends] if backends else []) + [(width, not masked)]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_bfloat16_attention_on_a_cpu_equals_the_fused_kernel_of_fp32(make_config, masked):
+@pytest.mark.parametrize("T, masked", [(40, False), (40, True), (300, False)])     # 300: in three parts
+def test_bfloat16_attention_on_a_cpu_equals_the_fused_kernel_of_fp32(make_config, T, masked):
     mla, mask = MLA(make_config(qk_nope_head_dim=28)), None
-    q, k, v = (torch.randn(2, 3, 40, size, requires_grad=True) for size in (36, 36, 28))
+    q, k, v = (torch.randn(2, 3, T, size, requires_grad=True) for size in (36, 36, 28))
     if masked:
         mask = (torch.rand(2, 1, 40, 40) < 0.7).tril() | torch.eye(40, dtype=torch.bool)
     expected = mla.attention(q, k, v, mask)

@@ -19,7 +19,8 @@ README = (ROOT / "README.md").read_text()
 BOOK = (ROOT / "tests/results/README.md").read_text()
 NOT_RUN = {"pip install": "installs from the network; .ci/run runs this line",
            "python -m pytest": "runs this test",
-           "torchrun": "several processes or cards; test_ranks.py and .ci/run start smaller ones",
+           "torchrun": "several processes; test_ranks.py and .ci/run start smaller runs",
+           "--out_dir out-fsdp": "resumes what torchrun trained; so does test_ranks.py",
            "moonshotai/": "downloads 32 GB"}
 FEW_STEPS = "--max_iters 2 --eval_interval 2 --batch_size 2 --block_size 32".split()
 SMALL = "--hidden_size 32 --num_hidden_layers 2 --moe_intermediate_size 16 --intermediate_size 32".split()
