@@ -333,24 +333,24 @@ def tokenizer_files(enc, ends=None):
     """{file name: contents} of a tokenizer for Hugging Face's PreTrainedTokenizerFast, with the same ids.
     bos_token_id and eos_token_id in tokenizer_config.json are meant for config.json."""
     bos, eos, add_bos = ends or read_ends("bytes", enc)
-    special = sorted(enc._special_tokens.items(), key=lambda item: item[1])
-    names = {i: token for token, i in special}
+    names = dict(sorted((i, token) for token, i in enc._special_tokens.items()))
     letters = {b: c for c, b in byte_alphabet().items()}
     ranks = dict(sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]))
     spelled = {token: "".join(letters[b] for b in token) for token in ranks}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    name = names.get(bos, str(bos))
-    first = {"SpecialToken": {"id": name, "type_id": 0}}
+    begin = names.get(bos, str(bos))
+    first = {"SpecialToken": {"id": begin, "type_id": 0}}
     a, b = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
     template = {"type": "TemplateProcessing", "single": [first, a], "pair": [first, a, b],
-                "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}}}
+                "special_tokens": {begin: {"id": begin, "ids": [bos], "tokens": [begin]}}}
     return {
         "tokenizer.json": {
-            "version": "1.0", "added_tokens": [{"id": i, "content": token, **plain} for token, i in special],
+            "version": "1.0",
+            "added_tokens": [{"id": i, "content": token, **plain} for i, token in names.items()],
             "pre_tokenizer": pre_tokenizer_json(enc._pat_str), "decoder": BYTE_LEVEL,
             "post_processor": template if add_bos else None,
             "model": {"type": "BPE", "ignore_merges": True,     # whole pieces of text first, like tiktoken
-                      "vocab": {spelled[t]: i for t, i in ranks.items()} | dict(special),
+                      "vocab": {spelled[t]: i for t, i in ranks.items()} | enc._special_tokens,
                       "merges": [[spelled[a], spelled[b]] for t in ranks for a, b in halves(t, ranks)]}},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,

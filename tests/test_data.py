@@ -93,8 +93,8 @@ def test_folder_layout_token_for_token(tmp_path):
     assert read(tmp_path / "out", "val") == [*b"ij"]  # a document continues: no separator
     assert meta == json.loads((tmp_path / "out/meta.json").read_text()) == {
         "dtype": "uint16", "vocab_size": 257, "tokenizer": "bytes", "separator": SEP, "source": "in",
-        "documents": 3, "pairs": 0, "fim_documents": 0, "bytes_per_token": 1.0, "train_bytes": 18, "val_bytes": 2, "train_tokens": 21,
-        "val_tokens": 2,
+        "documents": 3, "pairs": 0, "fim_documents": 0, "bytes_per_token": 1.0,
+        "train_bytes": 18, "val_bytes": 2, "train_tokens": 21, "val_tokens": 2,
         "bos": SEP, "eos": [SEP], "add_bos": False, "max_token": SEP,
         **{f"{name}_crc32": zlib.crc32((tmp_path / "out" / name).read_bytes())
            for name in ("train.bin", "val.bin")}}
@@ -939,7 +939,8 @@ def test_command_line_refuses_in_a_sentence(tmp_path, arguments, words):
     assert not list(tmp_path.glob("out/*"))
 
 
-@pytest.mark.parametrize("flags, close", [(("--inptu", "x"), "--input"), (("--fim-rate=1",), "--fim_rate")])
+@pytest.mark.parametrize("flags, close", [
+    (("--inptu", "input"), "--input"), (("--fim-rate=1",), "--fim_rate")])
 def test_a_mistyped_flag_names_the_closest_one(tmp_path, flags, close):
     said = command(*flags, cwd=tmp_path).stderr
     assert said == f"prepare.py: unrecognized arguments: {' '.join(flags)}; did you mean {close}?\n"
