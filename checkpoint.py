@@ -101,7 +101,8 @@ def writing(path):
     """A full disk, a quota or a lost network drive ends the run in one sentence."""
     try:
         yield
-    except (OSError, RuntimeError) as e:        # torch.save turns the OSError of a write into a RuntimeError
+    # torch.save turns the OSError of a write into a RuntimeError; the others are check_zip's
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as e:
         reason = next((x.strerror for x in (e, e.__context__) if getattr(x, "strerror", None)), e)
         raise OSError(f"{path} can't be written ({reason}); what was there is intact: make room, then "
                       "continue with --resume, or start again if there is no checkpoint yet") from None
@@ -126,15 +127,11 @@ def write_atomically(path, write, check=lambda path: None, keep_as=None):
 
 
 def check_zip(path):
-    """OSError if a bit of a tensor has flipped: torch.save writes a zip file, whose entries have CRC-32
+    """An error if a bit of a tensor has flipped: torch.save writes a zip file, whose entries have CRC-32
     checksums, but torch.load does not look at them."""
-    try:
-        with zipfile.ZipFile(path) as f:
-            damaged = f.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as e:
-        raise OSError(f"no valid zip file: {e}") from None
-    if damaged:
-        raise OSError(f"{damaged} fails its checksum")
+    with zipfile.ZipFile(path) as f:
+        if damaged := f.testzip():
+            raise zipfile.BadZipFile(f"{damaged} fails its checksum")
 
 
 def save_run(out_dir, run, model, optimizers, ema=None):
@@ -174,41 +171,36 @@ def load_run(path):
     """-> the dict that save_run wrote, with tensors on the CPU and under "path" the file it came from.
 
     path: such a file, or the folder of a run, whose newest good checkpoint is taken: ckpt.pt, or ckpt.prev.pt
-    where that is damaged, or missing after a kill between two renames. No pickled code is executed.
-    ValueError if there is none.
+    where that is damaged, or missing after a kill between two renames. ValueError if there is none.
     """
-    path, damaged = Path(path), []
-    files = [path / "ckpt.pt", path / "ckpt.prev.pt"] if path.is_dir() else [path]
-    for file in files[:1] + [file for file in files[1:] if file.exists()]:
-        try:
-            run = read_run(file)
-        except OSError as e:
-            damaged.append(str(e))
-            continue
-        if damaged:
-            print(f"{files[0]} is damaged or missing: using the one before it, {file}, of step "
-                  f"{run['state']['step']}", file=sys.stderr)
-        return run
-    raise ValueError("; ".join(damaged))
+    path = Path(path)
+    file, earlier = path / "ckpt.pt" if path.is_dir() else path, path / "ckpt.prev.pt"
+    try:
+        run = read_run(file)
+    except ValueError as e:
+        if not earlier.exists():
+            raise
+        file, run = earlier, read_run(earlier)
+        print(f"{e}; using the one before it, {earlier}", file=sys.stderr)
+    if not isinstance(run, dict) or run.get("format") != FORMAT:
+        raise ValueError(f"{file} is not a checkpoint of this version of train.py; start a new run in "
+                         "another --out_dir")
+    return run | {"path": str(file)}
 
 
 def read_run(path):
-    """load_run of a file. OSError if it is damaged, ValueError if it is no checkpoint of this train.py."""
+    """What torch.save wrote, if its checksums hold. No pickled code is executed."""
     if not path.exists():
         best = path.with_name("best.pt")
         cure = f"copy {best} to it" if best.exists() else "a run of train.py saves it at its first evaluation"
-        raise OSError(f"there is no checkpoint {path}; {cure}")
+        raise ValueError(f"there is no checkpoint {path}; {cure}")
     try:
         check_zip(path)
         # under torchrun the ranks of a machine share one mapping of the file, and read only what they use
-        run = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
     except Exception as e:      # torch.load raises whatever the damaged bytes lead to
-        raise OSError(f"{path} is damaged or not a checkpoint ({one_line(e)}); restore it from a copy, or "
-                      "start a new run in another --out_dir") from None
-    if not isinstance(run, dict) or run.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of this version of train.py; start a new run in "
-                         "another --out_dir")
-    return run | {"path": str(path)}
+        raise ValueError(f"{path} is damaged or not a checkpoint ({one_line(e)}); restore it from a copy, or "
+                         "start a new run in another --out_dir") from None
 
 
 @contextlib.contextmanager

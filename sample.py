@@ -246,18 +246,7 @@ def parse_args(argv):
     parser.add_argument("--speculative", action=argparse.BooleanOptionalAction,
                         help="draft with the MTP modules (default: where the model has any)")
     parser.add_argument("--compile", action="store_true", help="torch.compile decoding: pays for long texts")
-    args = parser.parse_args(argv)
-    hole = args.prefix is not None or args.suffix is not None
-    for wrong, sentence in (
-            (args.num_samples < 1, f"--num_samples must be at least 1, got {args.num_samples}"),
-            ((args.max_new_tokens or 0) < 0,
-             f"--max_new_tokens must be at least 0, got {args.max_new_tokens}"),
-            (not -2**63 <= args.seed < 2**64, f"--seed must fit in 64 bits, got {args.seed}"),
-            (hole and args.prompt is not None,
-             "--prompt is continued, --prefix and --suffix surround a hole; give one or the other")):
-        if wrong:
-            parser.error(sentence)
-    return args
+    return parser.parse_args(argv)
 
 
 def read_text(flag, text):
@@ -318,10 +307,19 @@ def write_text(tokens, stop, encoding, stats):
 
 
 def run(args):
+    hole = args.prefix is not None or args.suffix is not None
+    for wrong, sentence in (
+            (args.num_samples < 1, f"--num_samples must be at least 1, got {args.num_samples}"),
+            ((args.max_new_tokens or 0) < 0,
+             f"--max_new_tokens must be at least 0, got {args.max_new_tokens}"),
+            (not -2**63 <= args.seed < 2**64, f"--seed must fit in 64 bits, got {args.seed}"),
+            (hole and args.prompt is not None,
+             "--prompt is continued, --prefix and --suffix surround a hole; give one or the other")):
+        if wrong:
+            raise ValueError(sentence)
     device = pick_device(args.device)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     model, encoding, ends, window = load(args.ckpt, device, dtype, args.ema)
-    hole = args.prefix is not None or args.suffix is not None
     if hole:
         before, after = read_text("--prefix", args.prefix or ""), read_text("--suffix", args.suffix or "")
         idx = hole_tokens(before, after, encoding, ends)

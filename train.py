@@ -482,7 +482,7 @@ def train(given, on_log):
     state = {"step": 0, "samples": 0, "skipped": 0, "best": {"val_loss": math.inf, "iter": 0}}
     if cfg.resume:
         with fitting(ckpt["path"]):
-            state = ckpt["state"]
+            state = {key: type(start)(ckpt["state"][key]) for key, start in state.items()}
             for optimizer, saved in zip(optimizers, ckpt["optimizers"], strict=True):
                 load_optimizer(optimizer, saved)
             if ema:
