@@ -101,8 +101,8 @@ def writing(path):
     """A full disk, a quota or a lost network drive ends the run in one sentence."""
     try:
         yield
-    # torch.save turns the OSError of a write into a RuntimeError; the others are check_zip's
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as e:
+    # torch.save turns the OSError of a write into a RuntimeError; the other two are check_zip's
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as e:
         reason = next((x.strerror for x in (e, e.__context__) if getattr(x, "strerror", None)), e)
         raise OSError(f"{path} can't be written ({reason}); what was there is intact: make room, then "
                       "continue with --resume, or start again if there is no checkpoint yet") from None
@@ -173,19 +173,23 @@ def load_run(path):
     path: such a file, or the folder of a run, whose newest good checkpoint is taken: ckpt.pt, or ckpt.prev.pt
     where that is damaged, or missing after a kill between two renames. ValueError if there is none.
     """
-    path = Path(path)
-    file, earlier = path / "ckpt.pt" if path.is_dir() else path, path / "ckpt.prev.pt"
-    try:
-        run = read_run(file)
-    except ValueError as e:
-        if not earlier.exists():
-            raise
-        file, run = earlier, read_run(earlier)
-        print(f"{e}; using the one before it, {earlier}", file=sys.stderr)
-    if not isinstance(run, dict) or run.get("format") != FORMAT:
-        raise ValueError(f"{file} is not a checkpoint of this version of train.py; start a new run in "
-                         "another --out_dir")
-    return run | {"path": str(file)}
+    path, faults = Path(path), []
+    files = [path / "ckpt.pt", *path.glob("ckpt.prev.pt")] if path.is_dir() else [path]
+    for file in files:
+        try:
+            run = read_run(file)
+            break
+        except ValueError as e:
+            faults.append(str(e))
+    else:
+        raise ValueError("; ".join(faults))
+    with fitting(file):
+        if run["format"] != FORMAT:
+            raise LookupError(f"its format is {run['format']} instead of {FORMAT}")
+        if faults:
+            print(f"{faults[0]}; using the one before it, {file}, of step {run['state']['step']}",
+                  file=sys.stderr)
+        return run | {"path": str(file)}
 
 
 def read_run(path):
