@@ -285,28 +285,48 @@ def from_tokenizer_json(path):
         need(alphabet.keys() >= set(token), f"token {token!r} (not byte-level)")
         return bytes(alphabet[c] for c in token)
 
-    special = {added_text(token): token["id"] for token in spec.get("added_tokens") or []}
-    for token, i in special.items():
-        need(model["vocab"].get(token, i) == i, f"added token {token!r} with an id unlike its vocabulary's")
+    special = {}
+    for token in spec.get("added_tokens") or []:
+        text, free = added_text(token), max(len(model["vocab"]), 1 + max(special.values(), default=0))
+        theirs = model["vocab"].get(text, special.get(text, free))
+        need(token["id"] == theirs,
+             f"added token {text!r} with the id {token['id']}, for which Hugging Face takes {theirs},")
+        special[text] = theirs
     ranks = {raw(token): i for token, i in model["vocab"].items() if token not in special}
     merges = [tuple(map(raw, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
     made = [ranks.get(b"".join(pair)) for pair in merges if len(pair) == 2 and ranks.keys() >= {*pair}]
     need(len(made) == len(merges) and None not in made, "a merge that is no pair of tokens, or makes none")
 
-    # tiktoken knows no merges: it looks the whole piece of text up, then joins the neighbours that make the
-    # lowest id. That gives the same tokens if the ids grow in the order of the merges, and no neighbours make
-    # a token that no merge makes.
+    # tiktoken knows no merges: it joins the pair that makes the lowest id. That gives the same tokens if the
+    # ids grow in the order of the merges, and every pair that it joins is a merge.
     need(made == sorted(made), "a merge order that differs from the order of the ids")
-    for token in sorted(ranks.keys() - BYTES.keys() - {a + b for a, b in merges}, key=ranks.get):
-        need(model.get("ignore_merges") and not halves(token, ranks),
-             f"token {token!r}, which no merges build up,")
+    pairs, whole = needed_merges(ranks)
+    merges = set(merges)
+    unmade = [a + b for a, b in pairs if (a, b) not in merges]
+    if not model.get("ignore_merges"):      # it finds whole pieces of text first, as tiktoken does
+        unmade += whole
+    need(not unmade, f"token {unmade[:1]}, which no merges build up,")
     return build(path.name, one_pattern(spec.get("pre_tokenizer")), ranks, special)
 
 
-def halves(token, ranks):
-    """The pairs of tokens that make a token."""
-    pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
-    return [(a, b) for a, b in pairs if a in ranks and b in ranks]
+def needed_merges(ranks):
+    """The pairs that tiktoken joins, by the rank of what they make, and the tokens that it only finds as a
+    whole piece of text, since the merges below their rank leave more than two parts of them."""
+    merges, whole = [], []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            best, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+            if best >= rank:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(tuple(parts))
+        elif len(parts) > 2:
+            whole.append(token)
+            pairs = [(token[:i], token[i:]) for i in range(1, len(token))]  # tiktoken joins them elsewhere
+            merges += [(a, b) for a, b in pairs if a in ranks and b in ranks]
+    return merges, whole
 
 
 def one_pattern(pre_tokenizer):
@@ -335,8 +355,8 @@ def tokenizer_files(enc, ends=None):
     bos, eos, add_bos = ends or read_ends("bytes", enc)
     names = dict(sorted((i, token) for token, i in enc._special_tokens.items()))
     letters = {b: c for c, b in byte_alphabet().items()}
-    ranks = dict(sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]))
-    spelled = {token: "".join(letters[b] for b in token) for token in ranks}
+    spelled = {token: "".join(letters[b] for b in token) for token in enc._mergeable_ranks}
+    merges, whole = needed_merges(enc._mergeable_ranks)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     begin = names.get(bos, str(bos))
     first = {"SpecialToken": {"id": begin, "type_id": 0}}
@@ -349,9 +369,9 @@ def tokenizer_files(enc, ends=None):
             "added_tokens": [{"id": i, "content": token, **plain} for i, token in names.items()],
             "pre_tokenizer": pre_tokenizer_json(enc._pat_str), "decoder": BYTE_LEVEL,
             "post_processor": template if add_bos else None,
-            "model": {"type": "BPE", "ignore_merges": True,     # whole pieces of text first, like tiktoken
-                      "vocab": {spelled[t]: i for t, i in ranks.items()} | enc._special_tokens,
-                      "merges": [[spelled[a], spelled[b]] for t in ranks for a, b in halves(t, ranks)]}},
+            "model": {"type": "BPE", "ignore_merges": bool(whole),
+                      "vocab": {spelled[t]: i for t, i in enc._mergeable_ranks.items()} | enc._special_tokens,
+                      "merges": [[spelled[a], spelled[b]] for a, b in merges]}},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
             "add_bos_token": add_bos, "bos_token": names.get(bos), "bos_token_id": bos,
