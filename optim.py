@@ -46,6 +46,7 @@ def orthogonalize(x):
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
+    x = x.bfloat16() if x.is_cuda else x        # on a CPU that gains little
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     multiply_add = torch.addmm if x.dim() == 2 else torch.baddbmm
     for _ in range(5):
@@ -57,12 +58,11 @@ def orthogonalize(x):
 
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon (adjust_lr_fn="match_rms_adamw") that also takes stacks of matrices (E, m, n): every
-    expert's matrix is orthogonalized by itself, all of a stack in one batch, in `dtype`: bfloat16 is enough
-    where it is fast. The update has the size of AdamW's, so both can share a learning rate."""
+    expert's matrix is orthogonalized by itself, all of a stack in one batch. The update has the size of
+    AdamW's, so both can share a learning rate."""
 
-    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, dtype=torch.float32):
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -74,8 +74,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 average = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                ahead = p.grad.lerp(average, group["momentum"])     # Nesterov momentum
-                update = orthogonalize(ahead.to(self.dtype))
+                update = orthogonalize(p.grad.lerp(average, group["momentum"]))     # Nesterov momentum
                 size = 0.2 * max(p.shape[-2:]) ** 0.5
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * size)
@@ -133,11 +132,10 @@ def param_groups(model):
             {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}]
 
 
-def make_optimizers(model, kind="adamw", learning_rate=1e-3, bf16_moments=False, dtype=torch.float32):
-    """-> list of optimizers: AdamW as in §4.2; of kind "muon", Muon for the hidden matrices before it, which
-    computes in dtype."""
+def make_optimizers(model, kind="adamw", learning_rate=1e-3, bf16_moments=False):
+    """-> list of optimizers: AdamW as in §4.2; of kind "muon", Muon for the hidden matrices before it."""
     groups = param_groups(model)
-    muon = [Muon([groups.pop(0)], learning_rate, dtype=dtype)] if kind == "muon" else []
+    muon = [Muon([groups.pop(0)], learning_rate)] if kind == "muon" else []
     if bf16_moments:
         return [*muon, BF16AdamW(groups, learning_rate)]
     fused = model.lm_head.weight.device.type in ("cuda", "cpu")

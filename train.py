@@ -477,7 +477,7 @@ def train(given, on_log):
     torch.use_deterministic_algorithms(cfg.deterministic)
     raw_model = build_model(cfg, config, device, dtype, ckpt)
     config = raw_model.config       # a release may come without its MTP modules
-    optimizers = make_optimizers(raw_model, cfg.optimizer, cfg.learning_rate, cfg.bf16_moments, dtype)
+    optimizers = make_optimizers(raw_model, cfg.optimizer, cfg.learning_rate, cfg.bf16_moments)
     ema = averaged_model(raw_model, cfg.ema_decay) if cfg.ema_decay else None
     state = {"step": 0, "samples": 0, "skipped": 0, "best": {"val_loss": math.inf, "iter": 0}}
     if cfg.resume:

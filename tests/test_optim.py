@@ -83,13 +83,11 @@ def test_a_compiled_update_is_traced_once_for_all_sizes_steps_and_rates():
     assert len(graphs) == 1 and all(map(torch.equal, params, eager))
 
 
-@pytest.mark.parametrize("dtype, apart", [(torch.float32, 0.02), (torch.bfloat16, 0.002)])  # torch's: bfloat16
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 24, 40), (3, 40, 24)])
-def test_muon_is_torch_s_for_a_matrix_and_for_each_matrix_of_a_stack(shape, dtype, apart):
+def test_muon_is_torch_s_for_a_matrix_and_for_each_matrix_of_a_stack(shape):
     mine = torch.nn.Parameter(torch.randn(shape))
     theirs = [torch.nn.Parameter(w.clone()) for w in mine.detach().view(-1, *shape[-2:])]
-    muon = Muon([mine], lr=0.01, dtype=dtype)
-    reference = torch.optim.Muon(theirs, lr=0.01, adjust_lr_fn="match_rms_adamw")
+    muon, reference = Muon([mine], lr=0.01), torch.optim.Muon(theirs, lr=0.01, adjust_lr_fn="match_rms_adamw")
     before = mine.detach().clone()
     for _ in range(3):
         mine.grad = torch.randn(shape)
@@ -98,7 +96,7 @@ def test_muon_is_torch_s_for_a_matrix_and_for_each_matrix_of_a_stack(shape, dtyp
         muon.step()
         reference.step()
     moved, expected = mine - before, torch.stack(list(theirs)).view(shape) - before
-    assert (moved - expected).norm() < apart * expected.norm()
+    assert (moved - expected).norm() < 0.02 * expected.norm()       # torch's orthogonalizes in bf16
 
 
 def test_muon_leaves_an_expert_without_tokens_as_it_is():
