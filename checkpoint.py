@@ -33,11 +33,6 @@ from data.prepare import progress
 from data.tokenizer import blame, get_tokenizer, read_json, same_ids, tokenizer_files
 from model import DeepSeekV3, DeepSeekV3Config
 
-try:
-    import fcntl
-except ImportError:     # not a Unix: there, nothing keeps a second process out of a run's folder
-    fcntl = None
-
 # ----------------------------------------------------------------------------------------------------------
 # What the scripts share
 
@@ -48,9 +43,7 @@ def pick_device(name="auto"):
     local_rank = os.environ.get("LOCAL_RANK")
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" and local_rank else name)
-        if device.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError("untested")
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()        # fails on "meta" too
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
@@ -63,8 +56,7 @@ def has_bf16(device):
     """Whether a device computes in bfloat16 itself: not all do, and emulation is slow."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and has_units
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -83,7 +75,8 @@ def sole_process(out_dir):
     out_dir.mkdir(parents=True, exist_ok=True)
     with open(out_dir / "lock", "w") as f:
         try:
-            if fcntl:
+            with contextlib.suppress(ImportError):      # not a Unix: nothing keeps a second process out
+                import fcntl
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is training in {out_dir}; let it end, or choose another "
@@ -98,14 +91,14 @@ def sole_process(out_dir):
 
 @contextlib.contextmanager
 def writing(path):
-    """A full disk, a quota or a lost network drive ends the run in one sentence."""
+    """A full disk, a quota or a lost network drive ends the program in one sentence."""
     try:
         yield
-    # torch.save turns the OSError of a write into a RuntimeError; the other two are check_zip's
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as e:
-        reason = next((x.strerror for x in (e, e.__context__) if getattr(x, "strerror", None)), e)
-        raise OSError(f"{path} can't be written ({reason}); what was there is intact: make room, then "
-                      "continue with --resume, or start again if there is no checkpoint yet") from None
+    # torch.save and safetensors turn the OSError of a write into their own; the last two are check_zip's
+    except (OSError, RuntimeError, safetensors.SafetensorError, EOFError, zipfile.BadZipFile) as e:
+        reason = next((x.strerror for x in (e, e.__context__) if getattr(x, "strerror", None)), one_line(e))
+        raise OSError(f"{path} can't be written ({reason}); what was there is intact: make room, then start "
+                      "again, with --resume where a run has saved a checkpoint") from None
 
 
 def write_atomically(path, write, check=lambda path: None, keep_as=None):
@@ -137,10 +130,10 @@ def check_zip(path):
 def save_run(out_dir, run, model, optimizers, ema=None):
     """Write a run's dict, with all tensors, to OUT/ckpt.pt and read it back; the file before it stays as
     OUT/ckpt.prev.pt. A copy becomes OUT/best.pt if no earlier loss was lower. All ranks call it."""
-    tensors = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    run = {**run, "model": whole(model.state_dict()), "rng_state": torch.get_rng_state(),
+           "optimizers": [whole(optimizer.state_dict()) for optimizer in optimizers]}
     if ema:
-        tensors["ema"] = ema.module.state_dict()
-    run = {**run, **whole(tensors), "rng_state": torch.get_rng_state()}
+        run["ema"] = whole(ema.module.state_dict())
     if not dist.is_initialized() or dist.get_rank() == 0:
         write_atomically(out_dir / "ckpt.pt", partial(torch.save, run), check_zip, out_dir / "ckpt.prev.pt")
         if run["state"]["best"]["iter"] == run["state"]["step"]:
@@ -159,8 +152,6 @@ def whole(state):
     """A state_dict with FSDP's shards as whole tensors, on rank 0's CPU alone. All ranks call it."""
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [whole(value) for value in state]
     if hasattr(state, "full_tensor"):
         tensor = state.full_tensor()
         return tensor.cpu() if dist.get_rank() == 0 else None
@@ -171,65 +162,48 @@ def load_run(path):
     """-> the dict that save_run wrote, with tensors on the CPU and under "path" the file it came from.
 
     path: such a file, or the folder of a run, whose newest good checkpoint is taken: ckpt.pt, or ckpt.prev.pt
-    where that is damaged, or missing after a kill between two renames. ValueError if there is none.
+    where that is damaged, or missing after a kill between two renames. No pickled code is executed.
     """
     path, faults = Path(path), []
     files = [path / "ckpt.pt", *path.glob("ckpt.prev.pt")] if path.is_dir() else [path]
     for file in files:
         try:
-            run = read_run(file)
+            check_zip(file)
+            # under torchrun the ranks of a machine share one mapping of the file, and read only what they use
+            run = torch.load(file, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
             break
-        except ValueError as e:
-            faults.append(str(e))
+        except Exception as e:      # torch.load raises whatever the damaged bytes lead to
+            faults.append(f"{file} is missing, damaged or not a checkpoint ({one_line(e)})")
     else:
-        raise ValueError("; ".join(faults))
+        raise ValueError(f"{'; '.join(faults)}; a run of train.py saves it at its first evaluation: restore "
+                         "it from a copy, such as best.pt, or start a new run in another --out_dir")
     with fitting(file):
         if run["format"] != FORMAT:
-            raise LookupError(f"its format is {run['format']} instead of {FORMAT}")
+            raise ValueError(f"its format is {run['format']} instead of {FORMAT}")
         if faults:
-            print(f"{faults[0]}; using the one before it, {file}, of step {run['state']['step']}",
+            print(f"{faults[0]}: using the one before it, {file}, of step {run['state']['step']}",
                   file=sys.stderr)
         return run | {"path": str(file)}
 
 
-def read_run(path):
-    """What torch.save wrote, if its checksums hold. No pickled code is executed."""
-    if not path.exists():
-        best = path.with_name("best.pt")
-        cure = f"copy {best} to it" if best.exists() else "a run of train.py saves it at its first evaluation"
-        raise ValueError(f"there is no checkpoint {path}; {cure}")
-    try:
-        check_zip(path)
-        # under torchrun the ranks of a machine share one mapping of the file, and read only what they use
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
-    except Exception as e:      # torch.load raises whatever the damaged bytes lead to
-        raise ValueError(f"{path} is damaged or not a checkpoint ({one_line(e)}); restore it from a copy, or "
-                         "start a new run in another --out_dir") from None
-
-
-@contextlib.contextmanager
 def fitting(path):
     """One sentence for a checkpoint whose contents this code can't use, as other code wrote them."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as e:
-        raise ValueError(f"{path} doesn't fit this version of model.py and train.py ({one_line(e)}); use the "
-                         "files that it was trained with, or start a new run in another --out_dir") from None
+    return blame(f"{path} doesn't fit this version of model.py and train.py (use the files that it was "
+                 "trained with, or start a new run in another --out_dir)")
 
 
 def model_of_run(run):
-    """The model of a run on device "meta". ValueError unless its classes are those that the run was trained
-    with."""
+    """The model of a run on device "meta", if its classes are those that the run was trained with."""
     with fitting(run["path"]), torch.device("meta"):
         config = DeepSeekV3Config(**run["config"])
         if max(config.num_hidden_layers, config.num_nextn_predict_layers) > len(run["model"]):
-            raise LookupError("more layers than tensors")       # would take forever to build
+            raise ValueError("more layers than tensors")       # would take forever to build
         model = DeepSeekV3(config)
         replaced = replaced_classes(model)
         if run["replaced"] != replaced:
             before, now = (", ".join(names) or "nothing" for names in (run["replaced"], replaced))
-            raise ValueError(f"{run['path']} was trained with these parts of model.py replaced: {before}; "
-                             f"replaced now: {now}; replace the same ones first")
+            raise ValueError(f"it was trained with these parts of model.py replaced: {before}; replaced now: "
+                             f"{now}; replace the same ones first")
     return model
 
 
@@ -379,19 +353,20 @@ def read_value(name, kind, value):
 # --------------------------------------------------------------------------------------------------- loading
 
 def find_tensors(dir):
-    """The safetensors files of a folder -> {tensor's name: Stored}, from their headers only."""
-    files, stored = ["model.safetensors"], {}
+    """The safetensors files of a folder -> {tensor's name: Stored}, from their headers only, and the names of
+    files that are not there."""
+    files, stored, absent = ["model.safetensors"], {}, []
     if (dir / INDEX).is_file():
-        weight_map = read_json(dir / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{dir / INDEX} has no weight_map")
-        files = sorted({str(file) for file in weight_map.values()})
+        with blame(dir / INDEX):
+            files = sorted({str(file) for file in read_json(dir / INDEX)["weight_map"].values()})
     for file in files:
         path = dir / file
-        is_safe = file == path.name and file.endswith(".safetensors") and file.isprintable()
-        if not is_safe or not path.is_file():
-            raise ValueError(f"{dir} has no safetensors file {file!r}; complete the download (no other "
-                             "format and no other folder is read)")
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file):
+            raise ValueError(f"{dir / INDEX} names {file[:200]!r}; only safetensors files of its own folder "
+                             "are read")
+        if not path.is_file():
+            absent.append(file)
+            continue
         try:
             with safetensors.safe_open(path, "pt") as f:
                 for name in f.keys():
@@ -399,7 +374,7 @@ def find_tensors(dir):
                     stored[name] = Stored(path, view.get_dtype(), tuple(view.get_shape()))
         except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as e:
             raise ValueError(f"{path} is damaged or no safetensors file: {one_line(e)}") from None
-    return stored
+    return stored, absent
 
 
 def read_tensor(stored, name):
@@ -443,19 +418,18 @@ def released_tensors(model):
 def find_model(cls, dir, changes):
     """The model of a folder, without memory for its weights, and {name: Stored} of its tensors. ValueError if
     they don't fit each other."""
-    config, stored = dataclasses.replace(read_config(dir), **changes), find_tensors(dir)
+    config, (stored, absent) = dataclasses.replace(read_config(dir), **changes), find_tensors(dir)
     main, depth, experts = config.num_hidden_layers, config.num_nextn_predict_layers, config.n_routed_experts
+    if absent:
+        dir = f"{dir}, where {listed(absent)} is missing (complete the download),"
     if not any(name.startswith(f"model.layers.{main}.") for name in stored):
         depth = 0       # Hugging Face saves no MTP modules
     moe_layers = max(main - config.first_k_dense_replace, 0) + depth
     if max(main + depth, 3 * experts * moe_layers) > len(stored):       # absurd sizes would take forever
-        raise ValueError(f"{dir} holds {len(stored)} tensors, too few for the {main} layers, {depth} MTP "
+        raise ValueError(f"the {len(stored)} tensors of {dir} are too few for the {main} layers, {depth} MTP "
                          f"modules and {experts} experts of its config.json")
-    try:
-        with torch.device("meta"):
-            model = cls(dataclasses.replace(config, num_nextn_predict_layers=depth))
-    except (RuntimeError, TypeError) as e:
-        raise ValueError(f"{dir} has a config of an impossible size ({one_line(e)})") from None
+    with blame(f"impossible sizes in the config.json of {dir}"), torch.device("meta"):
+        model = cls(dataclasses.replace(config, num_nextn_predict_layers=depth))
     expected, copies = released_tensors(model)
     mtp = (re.fullmatch(r"(model\.layers\.\d{1,9}\.)eh_proj\.weight", name) for name in stored)
     if extra := tuple(m[1] for m in mtp if m and m[1] + "input_layernorm.weight" not in expected):
@@ -463,6 +437,8 @@ def find_model(cls, dir, changes):
               file=sys.stderr)
     stored = {name: at for name, at in stored.items() if not name.startswith(extra)}
     check_tensors(dir, expected, copies, stored)
+    if absent:
+        print(f"{dir} holds all that the model and {depth} MTP modules need", file=sys.stderr)
     return model, stored
 
 
@@ -475,20 +451,22 @@ def check_tensors(dir, expected, copies, stored):
         if name in stored and stored[name].dtype == "F8_E4M3":
             blocks = tuple(-(-n // 128) for n in tensor.shape)
             wanted[name + "_scale_inv"] = blocks, [*FLOATS, "F8_E8M0"]
-    faults = {"missing": wanted.keys() - stored.keys(), "unexpected": [], "wrong:": []}
-    for name, (_, dtype, shape) in stored.items():
+    faults = {
+        "missing": wanted.keys() - stored.keys(),
         # transformers writes empty tensors for n_shared_experts 0
-        if name not in wanted and not name.endswith(".rotary_emb.inv_freq") and 0 not in shape:
-            faults["unexpected"].append(name)
-        want, dtypes = wanted.get(name, (shape, [dtype]))
-        if shape != want or dtype not in dtypes:
-            faults["wrong:"].append(f"{name} is {dtype} {shape} instead of {'/'.join(dtypes)} {want}")
-    said = []
-    for fault, names in faults.items():
-        shown = ", ".join(ascii(name)[1:-1][:200] for name in sorted(names)[:6])
-        said += [f"{fault} {shown} ({len(names)} in all)"] if names else []
+        "unexpected": [name for name in stored.keys() - wanted.keys()
+                       if not name.endswith(".rotary_emb.inv_freq") and 0 not in stored[name].shape],
+        "wrong:": [f"{name} is {at.dtype} {at.shape} instead of {'/'.join(dtypes)} {shape}"
+                   for name, (shape, dtypes) in wanted.items()
+                   if (at := stored.get(name)) and (at.shape != shape or at.dtype not in dtypes)]}
+    said = [f"{fault} {listed(names)} ({len(names)} in all)" for fault, names in faults.items() if names]
     if said:
         raise ValueError(f"the tensors of {dir} don't fit its config.json: {'; '.join(said)}")
+
+
+def listed(names):
+    """The first of names that may come from a hostile file."""
+    return ", ".join(ascii(name)[1:-1][:200] for name in sorted(names)[:6])
 
 
 @torch.no_grad()
@@ -512,19 +490,18 @@ def load(cls, dir, dtype=None, device=None, **changes):
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight      # to_empty parts them
 
-    # One pass over the files, then the copies
     targets, copies = released_tensors(model)
-    names = [n for n in stored if n in targets and n not in copies and not n.endswith("_scale_inv")]
+    names = [name for name in stored if name in targets and not name.endswith("_scale_inv")]
+    names.sort(key=copies.__contains__)     # what they are copies of comes first
     for name in progress(names, f"reading {dir}"):
-        target_scale = targets.get(name + "_scale_inv")
+        target, target_scale = targets[name], targets.get(name + "_scale_inv")
         tensor, scale = read_weight(stored, name, target_scale is not None, pow2)
-        targets[name].copy_(tensor)
-        if target_scale is not None:
-            target_scale.copy_(scale)
-    for name in [n for n in copies if n in stored]:
-        copy, original = read_weight(stored, name)[0], targets[copies[name]]
+        if name not in copies:
+            target.copy_(tensor)
+            if target_scale is not None:
+                target_scale.copy_(scale)
         # a copy may be stored in another dtype
-        if not torch.equal(copy.to(original), original) and not torch.equal(copy, original.to(copy)):
+        elif not torch.equal(tensor.to(target), target) and not torch.equal(tensor, target.to(tensor)):
             raise ValueError(f"{dir}: {name} differs from {copies[name]}, but the model has one tensor for "
                              "both; in config.json, set num_nextn_predict_layers to 0 to leave out MTP, or "
                              "tie_word_embeddings to false for a head of its own")
@@ -569,8 +546,7 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
     parts, size = [[]], 0      # the names of each file's tensors
     for name, tensor in tensors.items():
         if parts[-1] and size + tensor.nbytes > shard_bytes:
-            parts.append([])
-            size = 0
+            parts, size = [*parts, []], 0
         parts[-1].append(name)
         size += tensor.nbytes
     files, count = ["model.safetensors"], len(parts)
@@ -580,29 +556,23 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
 
     new, index, total = dir / "saving.tmp", {}, 0
     try:
-        shutil.rmtree(new, ignore_errors=True)      # of a killed save
-        new.mkdir(parents=True)
-        for file, text in texts.items():
-            (new / file).write_bytes(text.encode())
-        for file, names in zip(files, progress(parts, f"writing {dir}")):
-            shard = {}
-            for name in names:
-                shard |= as_stored(name, tensors[name], fp8, name in copies)
-            safetensors.torch.save_file(shard, new / file, metadata={"format": "pt"})
-            shutil.copymode(new / "config.json", new / file)        # else only the owner may read it
-            index |= dict.fromkeys(shard, file)
-            total += sum(tensor.nbytes for tensor in shard.values())
-        if count > 1:
-            files.append(INDEX)
-            content = {"metadata": {"total_size": total}, "weight_map": index}
-            (new / INDEX).write_text(json.dumps(content, indent=2))
-        for path in new.iterdir():
-            with open(path, "rb+") as f:
-                os.fsync(f.fileno())        # not even a power cut costs the earlier checkpoint
-    except (safetensors.SafetensorError, OSError) as e:     # a full disk, a folder that can't be written
-        raise OSError(f"{dir} can't be written ({one_line(e)}); an earlier checkpoint in it is intact: make "
-                      "room, or save to another folder") from None
-    else:
+        with writing(dir):
+            shutil.rmtree(new, ignore_errors=True)      # of a killed save
+            new.mkdir(parents=True)
+            for file, text in texts.items():
+                (new / file).write_bytes(text.encode())
+            for file, names in zip(files, progress(parts, f"writing {dir}")):
+                shard = {}
+                for name in names:
+                    shard |= as_stored(name, tensors[name], fp8, name in copies)
+                safetensors.torch.save_file(shard, new / file, metadata={"format": "pt"})
+                shutil.copymode(new / "config.json", new / file)        # else only the owner may read it
+                index |= dict.fromkeys(shard, file)
+                total += sum(tensor.nbytes for tensor in shard.values())
+            if count > 1:
+                files.append(INDEX)
+                content = {"metadata": {"total_size": total}, "weight_map": index}
+                (new / INDEX).write_text(json.dumps(content, indent=2))
         (dir / "config.json").unlink(missing_ok=True)       # without it, old and new files are no checkpoint
         for path in old_files(dir, texts):
             path.unlink()
@@ -615,10 +585,10 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
 def old_files(dir, texts):
     """What a new checkpoint replaces: the index, the shards that it lists or that are named like shards (some
     readers take all of a folder), and what another tokenizer left, if the new one has its own files."""
-    listed = (dir / INDEX).read_text(errors="replace") if (dir / INDEX).is_file() else ""
+    index = (dir / INDEX).read_text(errors="replace") if (dir / INDEX).is_file() else ""
     return [path for path in dir.iterdir() if path.is_file() and (
         re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name)
-        or path.suffix == ".safetensors" and f'"{path.name}"' in listed
+        or path.suffix == ".safetensors" and f'"{path.name}"' in index
         or SIDE_FILES.fullmatch(path.name) and texts.keys() & {"tokenizer.json", "tiktoken.model"})]
 
 

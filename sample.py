@@ -54,12 +54,10 @@ def draft(model, k, h, next_tokens, cache, pos):
     """MTP module k: h^{k-1} (B, t, D) at positions pos.. and the tokens (B, t) k positions later -> h^k."""
     i = model.config.num_hidden_layers + k - 1
     layer, emb = model.model.layers[i], model.model.embed_tokens(next_tokens)
-    out = []
-    for a in range(0, h.size(1), PREFILL_CHUNK):
-        b = min(a + PREFILL_CHUNK, h.size(1))
-        cos, sin = rope_cos_sin(model.config, pos + a, pos + b, h.device)
-        out.append(layer(h[:, a:b], emb[:, a:b], cos, sin, cache=cache[i], pos=pos + a)[0])
-    return torch.cat(out, 1)                                                        # (B, t, D)
+    cos, sin = rope_cos_sin(model.config, pos, pos + h.size(1), h.device)           # (t, qk_rope_head_dim/2)
+    chunks = [slice(a, a + PREFILL_CHUNK) for a in range(0, h.size(1), PREFILL_CHUNK)]
+    return torch.cat([layer(h[:, part], emb[:, part], cos[part], sin[part], cache=cache[i],
+                            pos=pos + part.start)[0] for part in chunks], 1)        # (B, t, D)
 
 
 def verify(drafts, q, p, done, generator):
@@ -101,12 +99,10 @@ def generate_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top
     """
     model.check_prompt(idx, max_new_tokens)
     B, T = idx.shape
-    depth = model.config.num_nextn_predict_layers
+    depth = 0 if speculative is False else model.config.num_nextn_predict_layers
     if speculative and not depth:
         raise ValueError("speculative decoding needs an MTP module, and this model has none: "
                          "num_nextn_predict_layers=0")
-    if speculative is False:
-        depth = 0
     settings = temperature, top_k, top_p
     stop = torch.tensor(sorted(stop), dtype=torch.int64, device=idx.device)
     stats = {} if stats is None else stats
@@ -308,15 +304,12 @@ def write_text(tokens, stop, encoding, stats):
 
 def run(args):
     hole = args.prefix is not None or args.suffix is not None
-    for wrong, sentence in (
-            (args.num_samples < 1, f"--num_samples must be at least 1, got {args.num_samples}"),
-            ((args.max_new_tokens or 0) < 0,
-             f"--max_new_tokens must be at least 0, got {args.max_new_tokens}"),
-            (not -2**63 <= args.seed < 2**64, f"--seed must fit in 64 bits, got {args.seed}"),
-            (hole and args.prompt is not None,
-             "--prompt is continued, --prefix and --suffix surround a hole; give one or the other")):
-        if wrong:
-            raise ValueError(sentence)
+    if hole and args.prompt is not None:
+        raise ValueError("--prompt is continued, --prefix and --suffix surround a hole; give one of the two")
+    for flag, value, low in (("num_samples", args.num_samples, 1), ("seed", args.seed, -2**63),
+                             ("max_new_tokens", args.max_new_tokens or 0, 0)):
+        if not low <= value < 2**63:
+            raise ValueError(f"--{flag} must be at least {low} and less than 2^63, got {value}")
     device = pick_device(args.device)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     model, encoding, ends, window = load(args.ckpt, device, dtype, args.ema)

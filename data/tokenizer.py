@@ -231,7 +231,7 @@ def blame(origin):
     """Turns what reading a damaged file raises into a ValueError of one sentence that names the file."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"malformed: {error!r}"
         raise ValueError(f"{origin}: {' '.join(reason.split())[:400]}") from error
 

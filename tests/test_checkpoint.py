@@ -214,12 +214,16 @@ def test_an_index_may_list_tensors_that_do_not_exist(tmp_path, make_model):
     """As after a conversion to bf16, which leaves the names of the scales behind."""
     model = make_model().bfloat16()
     write(tmp_path, released(model), config_json(model.config), shards=3)
-    edit_index(tmp_path, lambda index: index.update({"model.norm.weight_scale_inv": "model-0.safetensors"}))
+    edit_index(tmp_path, lambda index: index.update({"model.norm.weight_scale_inv": "model-0.safetensors",
+                                                     "unneeded": "absent.safetensors"}))
     equal(DeepSeekV3.from_pretrained(tmp_path), model)
     tensors = {n: t for n, t in released(model).items() if n != "lm_head.weight"}
     write(tmp_path, tensors, config_json(model.config), shards=3)
     edit_index(tmp_path, lambda index: index.update({"lm_head.weight": "model-0.safetensors"}))
     with pytest.raises(ValueError, match="missing lm_head.weight"):
+        DeepSeekV3.from_pretrained(tmp_path)
+    edit_index(tmp_path, lambda index: index.update({"lm_head.weight": "absent.safetensors"}))
+    with pytest.raises(ValueError, match="absent.safetensors .*complete the download.* missing lm_head.w"):
         DeepSeekV3.from_pretrained(tmp_path)
 
 
@@ -841,19 +845,19 @@ def index(**changes):
 
 @pytest.mark.parametrize("damage, words", [
     (index(lm_head__weight="../../etc/passwd"),
-     "no safetensors file '../../etc/passwd'"),
-    (index(lm_head__weight="/etc/passwd.safetensors"), "no other folder is read"),
-    (index(lm_head__weight="pytorch_model.bin"), "no safetensors file"),
+     "names '../../etc/passwd'"),
+    (index(lm_head__weight="/etc/passwd.safetensors"), "only safetensors files of its own folder"),
+    (index(lm_head__weight="pytorch_model.bin"), "only safetensors files"),
     (index(lm_head__weight=7), "'7'"),
     (lambda d: (d / "model-1.safetensors").unlink(),
-     "has no safetensors file 'model-1.safetensors'; complete the download"),
+     "model-1.safetensors is missing (complete the download)"),
     (lambda d: (d / "model.safetensors.index.json").write_text("[1]"), "model.safetensors.index.json: "),
     (lambda d: (d / "model.safetensors.index.json").write_text("{"), "model.safetensors.index.json: "),
     (lambda d: (d / "model.safetensors.index.json").write_bytes(b"\xff"), "model.safetensors.index.json: "),
     (lambda d: (d / "model.safetensors.index.json").write_text("[" * 99999), "safetensors.index.json: "),
-    (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
+    (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "malformed: KeyError('weight_map')"),
     (lambda d: (d / "model.safetensors.index.json").unlink(),
-     "has no safetensors file 'model.safetensors'; complete the download"),
+     "model.safetensors is missing (complete the download)"),
     (lambda d: (d / "config.json").unlink(), "no folder with a config.json"),
     (lambda d: (d / "config.json").write_text("nan?"), "config.json: "),
     (lambda d: (d / "model-1.safetensors").write_bytes(b""),

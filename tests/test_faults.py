@@ -62,7 +62,7 @@ def flip(path, at=None, bit=0):
 def test_torch_load_alone_would_take_a_flipped_bit(copy):
     flip(copy / "ckpt.pt")
     torch.load(copy / "ckpt.pt", weights_only=True)
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="damaged"):
         checkpoint.load_run(copy / "ckpt.pt")
 
 
@@ -122,12 +122,6 @@ def test_an_export_says_where_the_texts_of_a_run_begin_and_end(copy, tmp_path):
     assert sample.load(tmp_path / "export", "cpu").ends == loaded.ends == (65, (256, 66), True)
 
 
-def test_best_alone_says_how_to_continue_from_it(copy):
-    (copy / "ckpt.pt").unlink(), (copy / "ckpt.prev.pt").unlink()
-    assert "copy" in refused("--resume", "--out_dir", copy)
-    assert "copy" in refused("--ckpt", copy, main=sample.main)
-
-
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "data/prepare.py"])
 def test_ctrl_c_during_the_imports_shows_no_traceback(script, tmp_path):
     flags = ["--ckpt", "x"] if script == "sample.py" else ["--out_dir", tmp_path / "out"]
@@ -160,7 +154,7 @@ def test_both_damaged_is_one_sentence(copy):
     flip(copy / "ckpt.pt"), flip(copy / "ckpt.prev.pt")
     before = {p.name: p.read_bytes() for p in copy.iterdir()}
     for said in refused("--resume", "--out_dir", copy), refused("--ckpt", copy, main=sample.main):
-        assert "ckpt.pt is damaged" in said and "ckpt.prev.pt is damaged" in said
+        assert "ckpt.pt is missing, damaged" in said and "ckpt.prev.pt is missing, damaged" in said
     assert before == {p.name: p.read_bytes() for p in copy.iterdir()}
 
 
