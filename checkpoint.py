@@ -47,8 +47,7 @@ def pick_device(name="auto"):
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0].split(". ")[0]
-        raise ValueError(f"--device {name} can't be used here ({reason}); choose cuda, mps or cpu") from None
+        raise ValueError(f"--device {name} can't be used ({one_line(e)}); choose cuda, mps or cpu") from None
     return device
 
 
@@ -68,7 +67,7 @@ FORMAT = 2      # of ckpt.pt
 @contextlib.contextmanager
 def sole_process(out_dir):
     """Holds OUT/lock, so that two processes never mix their files in one folder. The kernel releases the lock
-    however the process ends: a leftover file means nothing. ValueError if another process holds it."""
+    however the process ends: a leftover file means nothing."""
     new = not out_dir.exists()
     if not new and not out_dir.is_dir():
         raise ValueError(f"--out_dir {out_dir} is a file; give a folder")
@@ -260,7 +259,7 @@ Stored = namedtuple("Stored", "file dtype shape")       # of a tensor, as its fi
 
 def released_folder(name):
     """The folder of a path or, if there is none, of an id on the Hugging Face Hub (owner/name), which
-    huggingface_hub downloads. ImportError without that, ValueError if the Hub refuses."""
+    huggingface_hub downloads."""
     path = Path(name)
     if len(path.parts) != 2 or path.parent.exists():
         return path
@@ -353,17 +352,16 @@ def read_value(name, kind, value):
 # --------------------------------------------------------------------------------------------------- loading
 
 def find_tensors(dir):
-    """The safetensors files of a folder -> {tensor's name: Stored}, from their headers only, and the names of
-    files that are not there."""
+    """A folder's safetensors files -> {tensor's name: Stored}, from their headers, and the absent files."""
     files, stored, absent = ["model.safetensors"], {}, []
     if (dir / INDEX).is_file():
         with blame(dir / INDEX):
             files = sorted({str(file) for file in read_json(dir / INDEX)["weight_map"].values()})
     for file in files:
-        path = dir / file
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file):
             raise ValueError(f"{dir / INDEX} names {file[:200]!r}; only safetensors files of its own folder "
                              "are read")
+        path = dir / file
         if not path.is_file():
             absent.append(file)
             continue
@@ -416,8 +414,7 @@ def released_tensors(model):
 
 
 def find_model(cls, dir, changes):
-    """The model of a folder, without memory for its weights, and {name: Stored} of its tensors. ValueError if
-    they don't fit each other."""
+    """The model of a folder, without memory for its weights, and {name: Stored} of its tensors."""
     config, (stored, absent) = dataclasses.replace(read_config(dir), **changes), find_tensors(dir)
     main, depth, experts = config.num_hidden_layers, config.num_nextn_predict_layers, config.n_routed_experts
     if absent:
