@@ -1,4 +1,7 @@
+import json
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,11 +12,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     # read when fp8.py is imported: its kernels run on the CPU, as Python
     os.environ["TRITON_INTERPRET"] = "1"
 
+from data.prepare import prepare  # noqa: E402
 from model import DeepSeekV3, DeepSeekV3Config  # noqa: E402
 
 
@@ -87,3 +92,80 @@ def make_model(make_config):
                 buffer.normal_(-0.3, 0.3)
         return model.eval()
     return make
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Prepared data of 12 small files."""
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(12):
+        text = "".join(f"line {j} of {i}: {j * j % 17}\n" for j in range(40))
+        (folder / f"text{i:02}.txt").write_text(text)
+    prepare(folder / "tokens", input=folder)
+    return folder / "tokens"
+
+
+# Importing torch and what optimizers, DDP and FSDP need takes longer than a small run: one process does it,
+# and forks those of every test, several as torchrun would start them. A line of JSON in, the processes' ids
+# out, then their exit codes.
+FORKER = """
+import json, os, signal, sys
+sys.path.insert(0, {root!r})
+import checkpoint, torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor, train
+for line in sys.stdin:
+    pids, (world, port, patch, argv, out) = [], json.loads(line)
+    for rank in range(world):
+        pid = os.fork()
+        if not pid:
+            if world > 1:
+                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                                   MASTER_ADDR="localhost", MASTER_PORT=str(port))
+            sys.stdout, sys.stderr = open(out + f".out{{rank}}", "w"), open(out + f".err{{rank}}", "w")
+            code = 0
+            try:
+                exec(patch)
+                train.main(argv)
+            except SystemExit as e:
+                code = e.code
+                if not isinstance(code, int):
+                    code = print(e.code, file=sys.stderr) or 1
+            except BaseException:
+                import traceback
+                code = traceback.print_exc() or 99
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        pids.append(pid)
+    print(json.dumps(pids), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def forker():
+    with subprocess.Popen([sys.executable, "-c", FORKER.format(root=str(ROOT))], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def fork(forker, tmp_path):
+    """start(argv) runs train.py in a process, or in one for each rank of a world, after the code in patch: ->
+    ids of the processes, and a function that waits for their exit: -> what rank 0 printed, and what each
+    wrote to stderr."""
+    def start(argv, world=1, patch=""):
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        task = [world, port, patch, list(map(str, argv)), str(tmp_path / "rank")]
+        print(json.dumps(task), file=forker.stdin, flush=True)
+
+        def end(code=0):
+            codes = json.loads(forker.stdout.readline())
+            out, err = ([(tmp_path / f"rank.{which}{rank}").read_text() for rank in range(world)]
+                        for which in ("out", "err"))
+            assert codes == [code] * world and "Traceback" not in "".join(err), (codes, err, out)
+            assert not any(out[1:])
+            return out[0], err
+        return json.loads(forker.stdout.readline()), end
+    return start

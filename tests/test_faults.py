@@ -20,7 +20,7 @@ import checkpoint
 import sample
 import train
 from data.prepare import prepare
-from test_train import SHAPE, assert_equal_runs, command, data_dir, interrupt, log, ok  # noqa: F401
+from test_train import SHAPE, assert_equal_runs, command, interrupt, log, ok
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +35,7 @@ def refused(*argv, main=train.main):
 
 
 @pytest.fixture(scope="module")
-def run_dir(data_dir, tmp_path_factory):  # noqa: F811
+def run_dir(data_dir, tmp_path_factory):
     """A run of 4 steps with checkpoints at 2 and 4."""
     out = tmp_path_factory.mktemp("run") / "out"
     ok(data_dir, out, "--max_iters", 4, "--eval_interval", 2)
@@ -116,7 +116,8 @@ def test_resuming_without_optimizers_of_this_model_is_refused(copy):
 
 def test_an_export_says_where_the_texts_of_a_run_begin_and_end(copy, tmp_path):
     run = checkpoint.load_run(copy / "ckpt.pt")
-    torch.save({**run, "meta": {**run["meta"], "bos": 65, "eos": [256, 66], "add_bos": True}}, copy / "ckpt.pt")
+    meta = run["meta"] | {"bos": 65, "eos": [256, 66], "add_bos": True}
+    torch.save(run | {"meta": meta}, copy / "ckpt.pt")
     loaded = sample.load(copy, "cpu")
     loaded.model.save_pretrained(tmp_path / "export", loaded.encoding)
     assert sample.load(tmp_path / "export", "cpu").ends == loaded.ends == (65, (256, 66), True)
@@ -203,7 +204,7 @@ def test_a_full_disk_ends_in_one_sentence_and_keeps_the_checkpoint(data_dir, cop
     ok(data_dir, copy, "--resume")
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_training(data_dir, tmp_path):  # noqa: F811
+def test_a_folder_that_cannot_be_written_is_refused_before_training(data_dir, tmp_path):
     (tmp_path / "file").write_text("")
     for out in ("/proc/self", "/proc/nowhere", tmp_path / "file", tmp_path / "file" / "below"):
         refused("--data_dir", data_dir, "--out_dir", out, *SHAPE)
@@ -218,7 +219,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(data_dir, tm
 @pytest.mark.parametrize("damage", [lambda p: p.write_bytes(p.read_bytes()[:-1]),
                                     lambda p: p.write_bytes(p.read_bytes()[:-2]),
                                     lambda p: open(p, "ab").write(b"ab")])
-def test_damaged_data_are_noticed(data_dir, tmp_path, name, damage):  # noqa: F811
+def test_damaged_data_are_noticed(data_dir, tmp_path, name, damage):
     for path in data_dir.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     damage(tmp_path / name)
@@ -264,7 +265,7 @@ def test_only_monotonic_clocks():
 
 # ---------------------------------------------------------------------- terminals and pipes
 
-def test_no_character_costs_a_run(data_dir, tmp_path, monkeypatch):  # noqa: F811
+def test_no_character_costs_a_run(data_dir, tmp_path, monkeypatch):
     """The sample of an untrained model is full of characters that ASCII lacks."""
     terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -275,7 +276,7 @@ def test_no_character_costs_a_run(data_dir, tmp_path, monkeypatch):  # noqa: F81
     assert checkpoint.load_run(tmp_path)["state"]["step"] == 1
 
 
-def test_a_closed_pipe_stops_a_run_saved(data_dir, tmp_path):  # noqa: F811
+def test_a_closed_pipe_stops_a_run_saved(data_dir, tmp_path):
     process = subprocess.Popen(command(data_dir, tmp_path, "--max_iters", 100_000, "--log_interval", 1),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
@@ -285,14 +286,14 @@ def test_a_closed_pipe_stops_a_run_saved(data_dir, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves(data_dir, tmp_path, monkeypatch, number):  # noqa: F811
+def test_a_signal_saves(data_dir, tmp_path, monkeypatch, number):
     interrupt(monkeypatch, 3, number)
     with pytest.raises(SystemExit):
         ok(data_dir, tmp_path, "--max_iters", 30)
     assert checkpoint.load_run(tmp_path)["state"]["step"] == 3
 
 
-def test_nohup_is_respected(data_dir, tmp_path, monkeypatch):  # noqa: F811
+def test_nohup_is_respected(data_dir, tmp_path, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         interrupt(monkeypatch, 3, signal.SIGHUP)
@@ -314,74 +315,39 @@ def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path):
 
 # ---------------------------------------------------------------------- kills
 
-# Importing torch takes longer than such a run: a process that has done so forks one that trains.
-KILLER = """
-import os, random, signal, sys, time
-sys.path.insert(0, {root!r})
-import torch, checkpoint, train
-import torch._dynamo        # which an optimizer imports: once here, not in each process
-argv = sys.argv[1:]
-out, rng = argv[argv.index("--out_dir") + 1], random.Random(0)
-
-def die_at(owner, name, call):
-    \"\"\"Kill this process as it comes to the call of that number.\"\"\"
-    original, calls = getattr(owner, name), [0]
-    def counted(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    setattr(owner, name, counted)
-
-def start(point=None):
-    pid = os.fork()
-    if not pid:
-        sys.stdout = open(os.devnull, "w")
-        if point:
-            die_at(*point)
-        have = any(os.path.exists(os.path.join(out, name)) for name in ("ckpt.pt", "ckpt.prev.pt"))
-        try:
-            train.main([*argv, "--resume"] if have else argv)
-        except SystemExit as e:
-            print(e, file=sys.stderr)
-            os._exit(1)
-        os._exit(0)
-    return pid
-
-def killed(pid):
-    status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0, "it refused to go on"
-    return os.WIFSIGNALED(status)
-
-# moments that chance would seldom hit: before a write, before the rename of the log, of the old checkpoint,
-# of the new one (there is no ckpt.pt then), and of the next ones
-points = [(torch, "save", 2), (os, "fsync", 2), (checkpoint, "check_zip", 2)]
-points += [(os, "replace", n) for n in (2, 1, 3, 2, 3, 4, 5)]
-kills = 0
-for point in points:
-    kills += killed(start(point))
-    pid = start()
-    time.sleep(rng.uniform(0.05, {longest}))
-    os.kill(pid, signal.SIGKILL)
-    kills += killed(pid)
-assert not killed(start())
-print(kills)
+KILL_AT = """
+original, calls = {function}, []
+def counted(*args, **kwargs):
+    calls.append(args)
+    if len(calls) == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+{function} = counted
 """
 
 
-def test_killed_at_any_moment_a_run_ends_in_the_same_weights_bit_for_bit(data_dir, tmp_path):  # noqa: F811
-    flags = "--max_iters 60 --eval_interval 3 --optimizer muon --bias_update_speed 0.01".split()
-    start = time.monotonic()
-    ok(data_dir, tmp_path / "whole", *flags)
-    longest = 0.05 + (time.monotonic() - start) / 10       # on any machine, the run is to outlast the kills
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", KILLER.format(root=str(ROOT), longest=longest),
-                           *command(data_dir, tmp_path / "killed", *flags)[2:]], capture_output=True,
-                           text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-1000:]
-    print(f"{done.stdout.strip()} kills in {time.monotonic() - start:.0f} s")
-    assert int(done.stdout) >= 20
-    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
-    assert [e["loss"] for e in log(tmp_path / "killed")] == [e["loss"] for e in log(tmp_path / "whole")]
-    assert {p.name for p in (tmp_path / "killed").iterdir()} == {
-        "ckpt.pt", "ckpt.prev.pt", "best.pt", "log.jsonl", "lock"}
+def test_killed_at_any_moment_a_run_ends_in_the_same_weights_bit_for_bit(data_dir, tmp_path, fork):
+    flags = ("--max_iters 40 --eval_interval 2 --optimizer muon --bias_update_speed 0.01 "
+             "--block_size 16 --batch_size 8").split()
+    end, began = fork(command(data_dir, tmp_path / "whole", *flags)[2:])[1], time.monotonic()
+    end()
+    longest = 0.05 + (time.monotonic() - began) / 8        # on any machine, the run is to outlast the kills
+    killed, rng = tmp_path / "killed", random.Random(0)
+
+    def start(patch=""):
+        have = any((killed / name).exists() for name in train.CHECKPOINTS)
+        return fork([*command(data_dir, killed, *flags)[2:], *["--resume"] * have], patch=patch)
+
+    # moments that chance would seldom hit: before a write, before the rename of the log, of the old
+    # checkpoint, of the new one (there is no ckpt.pt then), and of the next ones; after each one by chance
+    renames = [("os.replace", call) for call in (2, 1, 3, 2, 3, 4, 5)]
+    for function, call in [("torch.save", 2), ("os.fsync", 2), ("checkpoint.check_zip", 2), *renames]:
+        start(KILL_AT.format(function=function, call=call))[1](-signal.SIGKILL)
+        (process,), end = start()
+        time.sleep(rng.uniform(0.05, longest))
+        os.kill(process, signal.SIGKILL)
+        end(-signal.SIGKILL)
+    start()[1]()
+    assert_equal_runs(tmp_path / "whole", killed)
+    assert [e["loss"] for e in log(killed)] == [e["loss"] for e in log(tmp_path / "whole")]
+    assert {p.name for p in killed.iterdir()} == {"ckpt.pt", "ckpt.prev.pt", "best.pt", "log.jsonl", "lock"}

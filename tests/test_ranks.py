@@ -1,13 +1,8 @@
 """train.py on two processes with gloo: what they compute equals what one does with the batch of both."""
 
-import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,71 +13,13 @@ from checkpoint import load_run
 from data.prepare import prepare
 from data.tokenizer import get_tokenizer
 from test_faults import refused
-from test_train import SHAPE, assert_equal_runs, command, data_dir, log, ok  # noqa: F401
-
-ROOT = Path(__file__).parent.parent
-
-# Importing what DDP and FSDP need takes 5 s, most of such a run: one process does it, and forks the ranks of
-# every test, as torchrun would start them. A line of JSON in, the ranks' ids out, then their exit codes.
-FORKER = """
-import json, os, sys
-sys.path.insert(0, {root!r})
-import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor, train
-for line in sys.stdin:
-    pids, (world, port, patch, argv, out) = [], json.loads(line)
-    for rank in range(world):
-        pid = os.fork()
-        if not pid:
-            os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                               MASTER_ADDR="localhost", MASTER_PORT=str(port))
-            sys.stdout, sys.stderr = open(out + f".out{{rank}}", "w"), open(out + f".err{{rank}}", "w")
-            code = 0
-            try:
-                exec(patch)
-                train.main(argv)
-            except SystemExit as e:
-                code = e.code
-                if not isinstance(code, int):
-                    code = print(e.code, file=sys.stderr) or 1
-            except BaseException:
-                import traceback
-                code = traceback.print_exc() or 99
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-        pids.append(pid)
-    print(json.dumps(pids), flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def forker():
-    with subprocess.Popen([sys.executable, "-c", FORKER.format(root=str(ROOT))], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as process:
-        yield process
-        process.stdin.close()
+from test_train import SHAPE, assert_equal_runs, command, log, ok
 
 
 @pytest.fixture
-def torchrun(forker, data_dir, tmp_path):  # noqa: F811
-    """start(world, out_dir, flags) -> ids of the processes, and a function that waits for their exit: -> what
-    rank 0 printed, and what each wrote to stderr."""
-    def start(world, out_dir, *flags, patch="", bare=False):
-        with socket.socket() as s:
-            s.bind(("localhost", 0))
-            port = s.getsockname()[1]
-        argv = list(map(str, flags)) if bare else command(data_dir, out_dir, *flags)[2:]
-        print(json.dumps([world, port, patch, argv, str(tmp_path / "rank")]),
-              file=forker.stdin, flush=True)
-
-        def end(code=0):
-            codes = json.loads(forker.stdout.readline())
-            out, err = ([(tmp_path / f"rank.{which}{rank}").read_text() for rank in range(world)]
-                        for which in ("out", "err"))
-            assert codes == [code] * world and "Traceback" not in "".join(err), (codes, err, out)
-            assert not any(out[1:])
-            return out[0], err
-        return json.loads(forker.stdout.readline()), end
+def torchrun(fork, data_dir):
+    def start(world, out_dir, *flags, patch=""):
+        return fork(command(data_dir, out_dir, *flags)[2:], world, patch)
     return start
 
 
@@ -101,7 +38,7 @@ def same_curve(a, b, rel=1e-4):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_ranks_train_as_one_with_twice_the_batch(data_dir, tmp_path, torchrun, optimizer):  # noqa: F811
+def test_two_ranks_train_as_one_with_twice_the_batch(data_dir, tmp_path, torchrun, optimizer):
     flags = ["--max_iters", 6, "--eval_interval", 3, "--log_interval", 1, "--optimizer", optimizer,
              "--learning_rate", 1e-3, "--bias_update_speed", 0.01, "--gradient_accumulation_steps", 2]
     _, end = torchrun(2, tmp_path / "two", *flags)
@@ -111,7 +48,7 @@ def test_two_ranks_train_as_one_with_twice_the_batch(data_dir, tmp_path, torchru
     assert out.count("done.") == 1 and "steps of 512 tokens on 2 x cpu" in out
 
 
-def test_two_ranks_ramp_the_batch_and_average_the_weights_as_one(data_dir, tmp_path, torchrun):  # noqa: F811
+def test_two_ranks_ramp_the_batch_and_average_the_weights_as_one(data_dir, tmp_path, torchrun):
     flags = ["--max_iters", 6, "--eval_interval", 3, "--log_interval", 1, "--learning_rate", 1e-3,
              "--batch_ramp", "--ema_decay", 0.5]
     torchrun(2, tmp_path / "two", *flags, "--batch_size", 5)[1]()
@@ -129,7 +66,7 @@ def parameters(out_dir):
     return load_run(out_dir / "ckpt.pt")["model"]
 
 
-def test_the_router_s_bias_needs_the_load_of_all_ranks(data_dir, tmp_path, torchrun):  # noqa: F811
+def test_the_router_s_bias_needs_the_load_of_all_ranks(data_dir, tmp_path, torchrun):
     """If each rank looked at its own tokens only, the bias would not be that of one process."""
     flags = ["--max_iters", 3, "--bias_update_speed", 0.01, "--learning_rate", 1e-3]
     ok(data_dir, tmp_path / "one", *flags, "--batch_size", 8)
@@ -145,7 +82,7 @@ train.dist.all_reduce = lambda t, *a, **k: None if is_load(t) else reduce(t, *a,
     assert not all(torch.allclose(one[n], forgotten[n]) for n in biases)
 
 
-def test_no_sample_is_seen_twice(data_dir, tmp_path, torchrun):  # noqa: F811
+def test_no_sample_is_seen_twice(data_dir, tmp_path, torchrun):
     spy = f"""
 from data.loader import Tokens
 batch = Tokens.batch
@@ -194,7 +131,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_resumes(tmp_path, t
     assert_equal_runs(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_resuming_keeps_the_global_batch(data_dir, tmp_path, torchrun):  # noqa: F811
+def test_resuming_keeps_the_global_batch(data_dir, tmp_path, torchrun):
     """2 ranks with 4 sequences each go on as 1 with 8; as 1 with 4 they are refused."""
     torchrun(2, tmp_path / "two", "--max_iters", 2)[1]()
     said = refused("--resume", "--out_dir", tmp_path / "two", "--max_iters", 4)
@@ -205,7 +142,7 @@ def test_resuming_keeps_the_global_batch(data_dir, tmp_path, torchrun):  # noqa:
     same_curve(tmp_path / "one", tmp_path / "two")
 
 
-def test_what_is_wrong_is_said_in_one_sentence(data_dir, tmp_path, torchrun):  # noqa: F811
+def test_what_is_wrong_is_said_in_one_sentence(data_dir, tmp_path, torchrun):
     lost = "train.py: rank 1 lost its connection to another rank; see that rank's error\n"
     _, err = torchrun(2, tmp_path / "out", "--max_iters", 0)[1](1)
     assert err == ["train.py: --max_iters must be at least 1, got 0\n", lost]
@@ -225,7 +162,7 @@ def test_what_is_wrong_is_said_in_one_sentence(data_dir, tmp_path, torchrun):  #
 
 @pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=True, num_nextn_predict_layers=0)],
                          ids=["mtp", "tied"])
-def test_sharded_ranks_train_as_one_process_does(tmp_path, torchrun, make_model, changes):
+def test_sharded_ranks_train_as_one_process_does(tmp_path, fork, make_model, changes):
     """From the same released weights. Then each goes on as the other: in one process, and on two ranks."""
     pytest.importorskip("safetensors")
     model = make_model(vocab_size=320, initializer_range=0.05, **changes)
@@ -240,7 +177,7 @@ def test_sharded_ranks_train_as_one_process_does(tmp_path, torchrun, make_model,
         train.main([str(flag) for flag in ("--out_dir", tmp_path / out, "--batch_size", 8, *more)])
 
     def sharded(out, *more):
-        torchrun(2, None, "--out_dir", tmp_path / out, "--batch_size", 4, "--fsdp", *more, bare=True)[1]()
+        fork(["--out_dir", tmp_path / out, "--batch_size", 4, "--fsdp", *more], world=2)[1]()
 
     alone("one", *flags)
     sharded("two", *flags)
@@ -258,7 +195,7 @@ def test_sharded_ranks_train_as_one_process_does(tmp_path, torchrun, make_model,
     sample.main(["--ckpt", str(tmp_path / "two"), "--prompt", "line", "--max_new_tokens", "3"])
 
 
-def test_sharded_weights_are_those_of_one_process(data_dir, tmp_path, torchrun):  # noqa: F811
+def test_sharded_weights_are_those_of_one_process(data_dir, tmp_path, torchrun):
     flags = ["--max_iters", 1, "--optimizer", "adamw", "--learning_rate", 1e-30]
     torchrun(2, tmp_path / "two", "--batch_size", 2, "--fsdp", *flags)[1]()
     ok(data_dir, tmp_path / "one", "--batch_size", 4, *flags)
@@ -270,5 +207,5 @@ def test_sharded_weights_are_those_of_one_process(data_dir, tmp_path, torchrun):
 
 @pytest.mark.parametrize("flags, words", [(["--optimizer", "muon"], "plain AdamW only"),
                                           (["--optimizer", "adamw"], "start --fsdp with: torchrun")])
-def test_what_cannot_be_sharded_is_refused(data_dir, tmp_path, flags, words):  # noqa: F811
+def test_what_cannot_be_sharded_is_refused(data_dir, tmp_path, flags, words):
     assert words in refused("--data_dir", data_dir, "--out_dir", tmp_path / "out", *SHAPE, "--fsdp", *flags)
