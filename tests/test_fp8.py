@@ -36,13 +36,13 @@ TOLERANCE = EXACT if DEVICE == "cpu" or CARDS[0][0] == 10 else THIRTEEN_BITS
 def tensor_core(a, b):
     """a (M, K) · b (K, N), both FP8, summed as on sm_89 and sm_90: 32 products at a time are aligned to the
     largest among them and the running sum, and what is below 13 bits of mantissa is cut off."""
-    total = torch.zeros(a.size(0), 1, b.size(1), dtype=torch.float64)
-    for a_k, b_k in zip(a.double().split(32, 1), b.double().split(32, 0)):
+    total = torch.zeros(a.size(0), 1, b.size(1))        # fp32 holds all of this exactly
+    for a_k, b_k in zip(a.float().split(32, 1), b.float().split(32, 0)):
         terms = torch.cat([total, a_k[:, :, None] * b_k], 1)                        # (M, 33, N)
         for _ in range(2):          # the terms, then their sum
             unit = torch.exp2(terms.abs().amax(1, keepdim=True).clamp(min=1e-30).log2().floor() - 13)
-            terms = total = ((terms / unit).trunc() * unit).sum(1, keepdim=True)
-    return total[:, 0].float()
+            terms = total = (terms / unit).trunc_().sum(1, keepdim=True) * unit
+    return total[:, 0]
 
 
 def equal(a, b):
@@ -632,7 +632,7 @@ def test_the_whole_model_learns_alike(make_config, bf16):
     for name, m in ("plain", model), ("fp8", eight):
         optimizer = torch.optim.AdamW(m.parameters(), lr=3e-3)
         losses[name] = []
-        for _ in range(30):
+        for _ in range(15):
             with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
                 _, loss, aux = m(idx[:, :-1], idx[:, 1:])
             optimizer.zero_grad()

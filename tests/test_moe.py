@@ -83,23 +83,26 @@ def slow_moe(moe, x):
     return torch.stack(out).view_as(x)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(n_shared_experts=2), dict(n_shared_experts=0),
-                                     dict(moe_intermediate_size=27)])      # 27: not for grouped_mm
-def test_moe_against_a_loop_forward_and_backward(make_model, changes):
-    moe = make_model(**changes).model.layers[1].mlp
-    moe.gate.e_score_correction_bias[7] = -100.0        # an expert without a token
-    x = torch.randn(2, 11, 48, requires_grad=True)
-    y, load, _ = moe(x)
-    assert load.sum() == 2 * 11 * 3 and load[7] == 0 and load.dtype == torch.int64
-    expected = slow_moe(moe, x)
+def check_against_a_loop(moe, x):
+    """Values and all gradients, where expert 7 gets no token -> the load of the experts."""
+    moe.gate.e_score_correction_bias[7] = -100.0
+    y, load, _ = moe(x.requires_grad_())
+    assert load.sum() == x[..., 0].numel() * 3 and load[7] == 0 and load.dtype == torch.int64
+    expected, inputs = slow_moe(moe, x), [x, *moe.parameters()]
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     towards = torch.randn_like(y)
-    inputs = [x, *moe.parameters()]
     grads = torch.autograd.grad(y, inputs, towards)
     for grad, slow in zip(grads, torch.autograd.grad(expected, inputs, towards), strict=True):
         torch.testing.assert_close(grad, slow, rtol=1e-3, atol=1e-4)
     gate_proj = grads[[name for name, _ in moe.named_parameters()].index("experts.gate_proj") + 1]
     assert torch.all(gate_proj[7] == 0) and gate_proj[load > 0].abs().amax((1, 2)).all()
+    return load
+
+
+@pytest.mark.parametrize("changes", [{}, dict(n_shared_experts=2), dict(n_shared_experts=0),
+                                     dict(moe_intermediate_size=27)])      # 27: not for grouped_mm
+def test_moe_against_a_loop_forward_and_backward(make_model, changes):
+    check_against_a_loop(make_model(**changes).model.layers[1].mlp, torch.randn(2, 11, 48))
 
 
 @pytest.mark.parametrize("N", [1, 2, 3])
@@ -119,26 +122,15 @@ def test_few_slots_take_the_gathered_path_and_agree(make_model, monkeypatch, N):
 
 @pytest.mark.parametrize("padding", [(1, 0, False), (1, 1, False), (64, 0, False), (8, 1, False)])
 def test_padding_changes_neither_values_nor_gradients(make_model, monkeypatch, padding):
-    moe = make_model().model.layers[1].mlp
-    moe.gate.e_score_correction_bias[7] = -100.0        # an expert without a token
+    moe, ends = make_model().model.layers[1].mlp, []
     monkeypatch.setattr(moe.experts, "padding", lambda x, load: padding)
-    ends = []
     monkeypatch.setattr(model_module, "grouped_linear",
                         lambda x, w, e: ends.append(e) or grouped_linear(x, w, e))
-    x = torch.randn(1, 22, 48, requires_grad=True)
-    y, load, _ = moe(x)
+    load = check_against_a_loop(moe, torch.randn(1, 22, 48))
     rows = ends[0].diff(prepend=torch.zeros(1))
     multiple, least, _ = padding
     assert (rows % multiple == 0).all() and (rows >= load).all() and (rows - load < multiple + least).all()
-    assert load[7] == 0 and rows[7] == multiple * least
-    expected = slow_moe(moe, x)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-    towards, inputs = torch.randn_like(y), [x, *moe.parameters()]
-    grads = torch.autograd.grad(y, inputs, towards)
-    for grad, slow in zip(grads, torch.autograd.grad(expected, inputs, towards), strict=True):
-        torch.testing.assert_close(grad, slow, rtol=1e-3, atol=1e-4)
-    gate_proj = grads[[name for name, _ in moe.named_parameters()].index("experts.gate_proj") + 1]
-    assert torch.all(gate_proj[7] == 0)
+    assert rows[7] == multiple * least
 
 
 def test_bfloat16_on_a_cpu_meets_few_numbers_of_rows_and_fp32_no_padding(make_model):
@@ -155,16 +147,7 @@ def test_equal_shares_change_neither_values_nor_gradients(make_model, monkeypatc
     monkeypatch.setattr(moe.experts, "padding",
                         lambda x, load: busiest.append(int(load.max())) or (busiest[0], 1, True))
     monkeypatch.setattr(F, "grouped_mm", None)      # nobody calls it
-    moe.gate.e_score_correction_bias[7] = -100.0    # an expert without a token
-    x = torch.randn(1, 22, 48, requires_grad=True)
-    y, load, _ = moe(x)
-    assert load[7] == 0 and load.max() == busiest[0]
-    expected, inputs = slow_moe(moe, x), [x, *moe.parameters()]
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-    towards = torch.randn_like(y)
-    grads = torch.autograd.grad(y, inputs, towards)
-    for grad, slow in zip(grads, torch.autograd.grad(expected, inputs, towards), strict=True):
-        torch.testing.assert_close(grad, slow, rtol=1e-3, atol=1e-4)
+    assert check_against_a_loop(moe, torch.randn(1, 22, 48)).max() == busiest[0]
 
 
 @pytest.mark.parametrize("major, dtype, load, padding", [

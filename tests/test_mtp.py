@@ -174,14 +174,14 @@ def test_overfits_one_batch_and_finds_mtp_the_harder_task(make_config):
     idx, targets = tokens[:, :-1], tokens[:, 1:]
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.95))
     first = None
-    for step in range(130):
+    for step in range(60):
         _, loss, aux = model(idx, targets)
         first = first or aux
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         model.update_router_bias(aux["load"])
-        if step == 40:      # a label fed as input would make it the easier one
+        if step == 20:      # a label fed as input would make it the easier one
             assert aux["mtp"] * 16 / 14.5 > aux["main"]
     assert first["main"].item() == pytest.approx(math.log(61), rel=0.15)
     # each sequence's first tokens can't be told from nothing but themselves; the rest is learnt by heart
