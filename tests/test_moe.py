@@ -136,7 +136,8 @@ def test_padding_changes_neither_values_nor_gradients(make_model, monkeypatch, p
 def test_bfloat16_on_a_cpu_meets_few_numbers_of_rows_and_fp32_no_padding(make_model):
     experts = make_model().model.layers[1].mlp.experts
     x, load = torch.randn(4, 48), torch.ones(12, dtype=torch.int64)
-    assert experts.padding(x, load) == (1, 0, False) and experts.padding(x.bfloat16(), load) == (128, 0, False)
+    assert experts.padding(x, load) == (1, 0, False)
+    assert experts.padding(x.bfloat16(), load) == (128, 0, False)
     with torch.autocast("cpu", torch.bfloat16):
         assert experts.padding(x, load) == (128, 0, False)
 
@@ -261,8 +262,8 @@ def test_the_bias_balances_a_skewed_router(make_model):
     violation = lambda: (load := model(idx, idx)[2]["load"].float()).amax(1) / load.mean(1)
     first = violation()
     with torch.no_grad():
-        for _ in range(300):
-            model.update_router_bias(model(idx, idx)[2]["load"], speed=0.01)
+        for _ in range(100):
+            model.update_router_bias(model(idx, idx)[2]["load"], speed=0.03)
     assert (violation() < 1.3).all() and (first > 2).any()
 
 

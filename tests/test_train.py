@@ -338,7 +338,7 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path):
 
 def test_a_run_with_a_ramped_batch_follows_its_tokens_and_resumes(data_dir, tmp_path, monkeypatch):
     flags = ["--max_iters", 30, "--batch_size", 10, "--gradient_accumulation_steps", 2, "--batch_ramp",
-             "--log_interval", 1, "--eval_interval", 30, "--learning_rate", 0.01]
+             "--log_interval", 1, "--eval_interval", 30, "--learning_rate", 0.01, "--block_size", 8]
     ok(data_dir, tmp_path / "whole", *flags)
     sizes = batch_sizes(10, 30, ramp=True)
     assert sizes.tolist() == [2, 7] + 28 * [10]
@@ -402,13 +402,13 @@ def test_the_average_of_the_weights_is_evaluated_saved_and_resumed(data_dir, tmp
 
 @pytest.mark.filterwarnings("ignore:FP8 is emulated")
 def test_an_fp8_run_with_bf16_moments_resumes_bit_for_bit(data_dir, tmp_path, monkeypatch):
-    flags = ["--max_iters", 8, "--fp8", "--optimizer", "adamw", "--bf16_moments"]
+    flags = ["--max_iters", 4, "--fp8", "--optimizer", "adamw", "--bf16_moments"]
     ok(data_dir, tmp_path / "whole", *flags)
-    interrupt(monkeypatch, 4)
+    interrupt(monkeypatch, 2)
     with pytest.raises(SystemExit):
         ok(data_dir, tmp_path / "cut", *flags)
     state, = checkpoint(tmp_path / "cut")["optimizers"]
-    assert step_of(tmp_path / "cut") == 4 and state["state"][0]["exp_avg"].dtype == torch.bfloat16
+    assert step_of(tmp_path / "cut") == 2 and state["state"][0]["exp_avg"].dtype == torch.bfloat16
     ok(data_dir, tmp_path / "cut", "--resume")
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
 
@@ -468,7 +468,7 @@ def test_samples_leave_the_run_as_it_is(data_dir, tmp_path, monkeypatch):
     (["--device", "cuda:77"], "--device cuda:77"),
     (["--device", "abacus"], "--device abacus"),
     (["--block_size", "100000", "--max_position_embeddings", "200000"], "too few"),
-    (["--resume"], "no checkpoint"),
+    (["--resume"], "ckpt.pt is missing"),
     (["--rope_scaling", "{"], "--rope_scaling"),
     (["--rope_scaling", "[]"], "--rope_scaling"),
     (["--seed", "-1"], "--seed must be from 0"),
