@@ -171,17 +171,19 @@ def load_run(path):
             # under torchrun the ranks of a machine share one mapping of the file, and read only what they use
             run = torch.load(file, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
             break
+        except FileNotFoundError:
+            faults.append(f"there is no checkpoint {file}; a run of train.py saves it at its first evaluation")
         except Exception as e:      # torch.load raises whatever the damaged bytes lead to
-            faults.append(f"{file} is missing, damaged or not a checkpoint ({one_line(e)})")
+            faults.append(f"{file} is damaged or not a checkpoint ({one_line(e)}); restore it from a copy, "
+                          "such as best.pt, or start a new run in another --out_dir")
     else:
-        raise ValueError(f"{'; '.join(faults)}; a run of train.py saves it at its first evaluation: restore "
-                         "it from a copy, such as best.pt, or start a new run in another --out_dir")
+        raise ValueError("; ".join(faults))
     with fitting(file):
         if run["format"] != FORMAT:
             raise ValueError(f"its format is {run['format']} instead of {FORMAT}")
         if faults:
-            print(f"{faults[0]}: using the one before it, {file}, of step {run['state']['step']}",
-                  file=sys.stderr)
+            print(f"{files[0]} is damaged or missing: using the one before it, {file}, of step "
+                  f"{run['state']['step']}", file=sys.stderr)
         return run | {"path": str(file)}
 
 

@@ -278,8 +278,8 @@ def test_text_beyond_the_context_continues_from_its_last_half(make_model, specul
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--ckpt nowhere", "nowhere is missing, damaged or not a checkpoint"),
-    ("--ckpt {dir}/empty", "/empty/ckpt.pt is missing"),
+    ("--ckpt nowhere", "there is no checkpoint nowhere"),
+    ("--ckpt {dir}/empty", "/empty/ckpt.pt; a run of train.py saves it"),
     ("--ckpt {dir}/young", "saves it at its first evaluation"),
     ("--ckpt {dir}/latin.txt", "not a checkpoint"),
     ("--ckpt {out} --prompt=", "prompt is empty"),
