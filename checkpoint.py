@@ -172,7 +172,7 @@ def load_run(path):
             run = torch.load(file, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
             break
         except FileNotFoundError:
-            faults.append(f"there is no checkpoint {file}; a run of train.py saves it at its first evaluation")
+            faults.append(f"there is no checkpoint {file}; train.py saves it at its first evaluation")
         except Exception as e:      # torch.load raises whatever the damaged bytes lead to
             faults.append(f"{file} is damaged or not a checkpoint ({one_line(e)}); restore it from a copy, "
                           "such as best.pt, or start a new run in another --out_dir")

@@ -376,7 +376,7 @@ def test_weights_can_stay_in_fp8(tmp_path, make_model, stored_in_fp8):
 
 @pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
 def test_fp8_weights_compute_with_the_scales_that_the_config_names(tmp_path, make_model, scale_fmt):
-    """DeepSeek-V3.1 was trained with powers of two. Here they are stored in bf16, and quantized on loading."""
+    """DeepSeek-V3.1 was trained with powers of two. Here they are stored in bf16, quantized on loading."""
     model = make_model(hidden_size=128, moe_intermediate_size=128).bfloat16()
     quantized = checkpoint.FP8_FORMAT | ({"scale_fmt": scale_fmt} if scale_fmt else {})
     write(tmp_path, released(model), config_json(model.config, quantization_config=quantized))

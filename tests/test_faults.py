@@ -108,7 +108,8 @@ def test_a_checkpoint_of_absurd_contents_is_refused(copy, key, value):
 
 def test_resuming_without_optimizers_of_this_model_is_refused(copy):
     run = checkpoint.load_run(copy / "ckpt.pt")
-    for key, value in (("optimizers", [{"state": 1}] * 2), ("rng_state", torch.zeros(3)), ("state", {"step": 2}),
+    for key, value in (("optimizers", [{"state": 1}] * 2), ("rng_state", torch.zeros(3)),
+                       ("state", {"step": 2}),
                        ("state", {**run["state"], "step": [2]})):
         torch.save({**run, key: value}, copy / "ckpt.pt")
         assert "this version of" in refused("--resume", "--out_dir", copy)

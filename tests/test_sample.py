@@ -47,9 +47,11 @@ def test_greedy_is_the_argmax_of_the_whole_forward(make_model, depth, batch, mon
             assert torch.equal(speculate(model, idx, 20, temperature=0, speculative=speculative), expected)
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")),
+                    reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_steps_give_the_same_tokens(make_model):
-    model = make_model(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)     # one graph
+    # one graph
+    model = make_model(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
     idx = torch.randint(0, 61, (1, 9))
     expected = model.generate(idx, 60, temperature=0)
     compile_steps(model)
@@ -73,9 +75,10 @@ def trained():
     torch.manual_seed(0)
     config = model_module.DeepSeekV3Config(
         vocab_size=11, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
-        num_nextn_predict_layers=2, max_position_embeddings=128, initializer_range=0.1)
+        num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
+        v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        first_k_dense_replace=1, num_nextn_predict_layers=2, max_position_embeddings=128,
+        initializer_range=0.1)
     model = model_module.DeepSeekV3(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(100):        # t -> t + 1, or now and then t + 2: a choice that sampling has to get right
@@ -108,7 +111,8 @@ def test_mtp_caches_are_right_after_rejections(trained, monkeypatch):
                                                                     verify(drafts, q, *rest))[1])
     idx = torch.tensor([[1, 2, 3, 5, 6]])
     steps, out = [], [idx]
-    for token in generate_stream(trained, idx, 90, temperature=1.0, generator=torch.Generator().manual_seed(1)):
+    dice = torch.Generator().manual_seed(1)
+    for token in generate_stream(trained, idx, 90, temperature=1.0, generator=dice):
         steps.append((len(calls), sum(t.size(1) for t in out)))
         out.append(token)
     whole = torch.cat(out, 1)
@@ -129,16 +133,17 @@ def test_mtp_caches_are_right_after_rejections(trained, monkeypatch):
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_verified_draft_is_distributed_as_the_main_model_says(trained, place):
-    """Many rows, the last draft from a distribution that has little to do with the main model's, one before it from the
-    main model's own, so that it is accepted."""
+    """Many rows, the last draft from a distribution that has little to do with the main model's, one before
+    it from the main model's own, so that it is accepted."""
     N = 200_000
     p, q = torch.randn(place + 2, 11).softmax(-1), torch.randn(place + 1, 11).softmax(-1)
     q[:place] = p[:place]
-    drafts = torch.stack([torch.multinomial(q_k, N, replacement=True) for q_k in q], 1)         # (N, place + 1)
+    drafts = torch.stack([torch.multinomial(q_k, N, replacement=True) for q_k in q], 1)     # (N, place + 1)
     tokens = verify(drafts, [q_k.expand(N, 1, 11) for q_k in q], p.expand(N, place + 2, 11),
                     torch.zeros(N, 1, dtype=torch.bool), torch.Generator().manual_seed(0))
     kept = (tokens[:, place] == drafts[:, place]).float().mean()
-    assert tokens.shape == drafts.shape and 0.2 < kept < 0.95 and torch.equal(tokens[:, :place], drafts[:, :place])
+    assert tokens.shape == drafts.shape and 0.2 < kept < 0.95
+    assert torch.equal(tokens[:, :place], drafts[:, :place])
     chi2 = ((tokens[:, place].bincount(minlength=11) - N * p[place]) ** 2 / (N * p[place])).sum()
     assert chi2 < 10 + 4 * math.sqrt(20), chi2
 
@@ -149,7 +154,7 @@ def test_speculation_keeps_the_distribution_exactly(trained, settings):
     """Joint frequencies of 3 sampled tokens against the model's own probabilities, by a chi-square test."""
     N, prompt = 2000, torch.tensor([[1, 2, 3]])
     generator = torch.Generator().manual_seed(0)
-    idx = prompt.expand(4, -1)          # rows share the number of accepted drafts, and must not disturb each other
+    idx = prompt.expand(4, -1)      # rows share the number of accepted drafts, and do not disturb each other
     counts = torch.zeros(11, 11, 11)
     stats, model = {}, trained
     for _ in range(N // 4):
@@ -184,7 +189,7 @@ def test_stop_and_max_new_tokens_are_exact(trained, generate):
     free = generate(trained, idx, 12, temperature=0)
     assert free[0].tolist() != free[1].tolist()
     first = generate(trained, idx[:1], 12, temperature=0, stop=[6])[0].tolist()
-    assert first == free[0].tolist()[:free[0].tolist().index(6, 3) + 1]         # the stop token is the last one
+    assert first == free[0].tolist()[:free[0].tolist().index(6, 3) + 1]     # the stop token is the last one
     both = generate(trained, idx, 12, temperature=0, stop=[0])
     for row, unstopped in zip(both.tolist(), free.tolist()):
         end = unstopped.index(0, 3) + 1
@@ -195,7 +200,8 @@ def test_stop_and_max_new_tokens_are_exact(trained, generate):
 def test_streaming_without_drafts_is_plain_sampling(trained):
     idx, settings = torch.tensor([[1, 2, 3], [6, 7, 8]]), dict(temperature=1.3, top_k=5, top_p=0.9)
     whole = trained.generate(idx, 9, **settings, generator=torch.Generator().manual_seed(5))
-    stream = generate_stream(trained, idx, 9, **settings, speculative=False, generator=torch.Generator().manual_seed(5))
+    dice = torch.Generator().manual_seed(5)
+    stream = generate_stream(trained, idx, 9, **settings, speculative=False, generator=dice)
     assert torch.equal(next(stream), whole[:, 3:4])
     assert torch.equal(torch.cat(list(stream), 1), whole[:, 4:])
 
@@ -215,18 +221,21 @@ def test_sampling_probs():
     torch.testing.assert_close(sampling_probs(logits), p)
     torch.testing.assert_close(sampling_probs(logits, 0.5), (logits * 2).softmax(-1))
     assert sampling_probs(logits, 0).tolist() == [1, 0, 0, 0]
-    torch.testing.assert_close(sampling_probs(logits, top_k=2), torch.cat([p[:2] / p[:2].sum(), torch.zeros(2)]))
+    two = torch.cat([p[:2] / p[:2].sum(), torch.zeros(2)])
+    torch.testing.assert_close(sampling_probs(logits, top_k=2), two)
     # 0.64 alone doesn't reach 0.7, 0.64 + 0.24 does
-    torch.testing.assert_close(sampling_probs(logits, top_p=0.7), torch.cat([p[:2] / p[:2].sum(), torch.zeros(2)]))
+    torch.testing.assert_close(sampling_probs(logits, top_p=0.7), two)
     assert sampling_probs(logits, top_p=1e-6).tolist() == [1, 0, 0, 0]
     for tiny in (1e-30, 1e-46, 5e-324):         # the last two are 0 in fp32
-        assert sampling_probs(logits, tiny).tolist() == sampling_probs(logits, top_p=tiny).tolist() == [1, 0, 0, 0]
+        assert sampling_probs(logits, tiny).tolist() == [1, 0, 0, 0]
+        assert sampling_probs(logits, top_p=tiny).tolist() == [1, 0, 0, 0]
     torch.testing.assert_close(sampling_probs(logits, 1e300), torch.full((4,), 0.25))
 
 
 @pytest.mark.parametrize("generate", [DeepSeekV3.generate, speculate], ids=["plain", "speculative"])
 @pytest.mark.parametrize("arguments, words", [
-    (dict(temperature=-1.0), "temperature"), (dict(temperature=math.nan), "temperature"), (dict(top_k=0), "top_k"),
+    (dict(temperature=-1.0), "temperature"), (dict(temperature=math.nan), "temperature"),
+    (dict(top_k=0), "top_k"),
     (dict(top_p=0.0), "top_p"), (dict(top_p=1.5), "top_p"), (dict(max_new_tokens=-1), "max_new_tokens"),
     (dict(max_new_tokens=200), "YaRN"), (dict(idx=torch.zeros(1, 0, dtype=torch.int64)), "prompt is empty")])
 def test_bad_arguments_get_one_sentence(trained, generate, arguments, words):
@@ -247,7 +256,7 @@ def test_bf16_drafts_change_no_greedy_token(trained):
     assert torch.equal(speculate(model, idx, 60, temperature=0), model.generate(idx, 60, temperature=0))
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+# ---------------------------------------------------------------------------------------- the command line
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
@@ -257,9 +266,9 @@ def run_dir(tmp_path_factory):
         (folder / f"{i:02}.txt").write_text(f"line {i} of text")
     prepare(folder / "tokens", input=folder, fim_rate=0.5)
     flags = ("--hidden_size 32 --intermediate_size 48 --moe_intermediate_size 16 --num_hidden_layers 2 "
-             "--num_attention_heads 2 --q_lora_rank 16 --kv_lora_rank 16 --qk_nope_head_dim 8 --qk_rope_head_dim 8 "
-             "--v_head_dim 8 --n_routed_experts 4 --num_experts_per_tok 2 --n_group 2 --topk_group 2 "
-             "--block_size 32 --batch_size 4 --device cpu --max_iters 1").split()
+             "--num_attention_heads 2 --q_lora_rank 16 --kv_lora_rank 16 --qk_nope_head_dim 8 "
+             "--qk_rope_head_dim 8 --v_head_dim 8 --n_routed_experts 4 --num_experts_per_tok 2 --n_group 2 "
+             "--topk_group 2 --block_size 32 --batch_size 4 --device cpu --max_iters 1").split()
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(["--data_dir", str(folder / "tokens"), "--out_dir", str(folder / "out"), *flags])
     return folder / "out"
@@ -279,7 +288,7 @@ def test_text_beyond_the_context_continues_from_its_last_half(make_model, specul
 
 @pytest.mark.parametrize("flags, words", [
     ("--ckpt nowhere", "there is no checkpoint nowhere"),
-    ("--ckpt {dir}/empty", "/empty/ckpt.pt; a run of train.py saves it"),
+    ("--ckpt {dir}/empty", "/empty/ckpt.pt; train.py saves it"),
     ("--ckpt {dir}/young", "saves it at its first evaluation"),
     ("--ckpt {dir}/latin.txt", "not a checkpoint"),
     ("--ckpt {out} --prompt=", "prompt is empty"),
@@ -287,7 +296,7 @@ def test_text_beyond_the_context_continues_from_its_last_half(make_model, specul
     ("--ckpt {out} --prompt a\udcffb", "'a\\udcffb' is not UTF-8"),
     ("--ckpt {out} --prompt a\ud800b", "'a\\ud800b' is not UTF-8"),
     ("--ckpt {out} --prompt FILE:nowhere.txt", "nowhere.txt"),
-    ("--ckpt {out} --prompt FILE:{dir}", "FILE:{dir}' is not UTF-8 text or a file of it: [Errno 21] Is a directory"),
+    ("--ckpt {out} --prompt FILE:{dir}", "FILE:{dir}' is not UTF-8 text or a file of it: [Errno 21]"),
     ("--ckpt {out} --prompt FILE:{dir}/latin.txt", "not UTF-8"),
     ("--ckpt {out} --temperature -1", "temperature"),
     ("--ckpt {out} --temperature nan", "temperature"),
@@ -304,7 +313,7 @@ def test_text_beyond_the_context_continues_from_its_last_half(make_model, specul
     ("--ckpt {out} --ema", "holds no average"),
     ("--ckpt {out} --suffix x --prompt y", "one of the two"),
     ("--ckpt {out} --prefix FILE:{dir}/latin.txt", "--prefix 'FILE:"),
-    ("--ckpt {out} --prefix " + "x" * 100, "prompt's 104 tokens leave room for 0 in the model's context of 32"),
+    ("--ckpt {out} --prefix " + "x" * 100, "104 tokens leave room for 0 in the model's context of 32"),
     ("--ckpt {out} --prefix x --max_new_tokens 99", "room for 27 in"),
 ])
 def test_bad_input_ends_in_one_sentence(run_dir, flags, words, capsys):
@@ -339,7 +348,7 @@ def test_a_hole_is_filled(run_dir, tmp_path, monkeypatch, capsys):
     sample.main(["--ckpt", str(run_dir), "--suffix", "<b"])
     said = capsys.readouterr()
     assert said.out.endswith("<b\n")
-    assert 1 <= int(said.err.split()[0]) <= 32 - 6      # not beyond the window, where the prefix is out of sight
+    assert 1 <= int(said.err.split()[0]) <= 32 - 6      # not beyond the window, which hides the prefix
 
 
 def test_a_hole_needs_tokens_that_mark_it():

@@ -468,7 +468,7 @@ def test_samples_leave_the_run_as_it_is(data_dir, tmp_path, monkeypatch):
     (["--device", "cuda:77"], "--device cuda:77"),
     (["--device", "abacus"], "--device abacus"),
     (["--block_size", "100000", "--max_position_embeddings", "200000"], "too few"),
-    (["--resume"], "ckpt.pt is missing"),
+    (["--resume"], "no checkpoint"),
     (["--rope_scaling", "{"], "--rope_scaling"),
     (["--rope_scaling", "[]"], "--rope_scaling"),
     (["--seed", "-1"], "--seed must be from 0"),

@@ -123,7 +123,7 @@ def numbers_in_shared(sass):
         elif op == "STS":
             stored.update(content(args[-1]))
         elif re.fullmatch(r"R\d+", to):
-            wide = ("64" in op or "WIDE" in op) and not op.startswith("SHF")    # SHF.R.U64 writes one register
+            wide = ("64" in op or "WIDE" in op) and not op.startswith("SHF")    # SHF.R.U64 writes one
             for i in range(4 if "128" in op else 2 if wide else 1):
                 registers.pop(f"R{int(to[1:]) + i}", None)
     return len(stored - {None})
