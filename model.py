@@ -561,9 +561,12 @@ class Experts(nn.Module):
         (multiple, least, equal), E = self.padding(x, load), load.size(0)
         size = (load.clamp(min=least) + multiple - 1) // multiple * multiple    # (E,): rows, with padding
         ends = size.cumsum(0)
-        # the most rows there can be: a GPU would have to wait for the exact number
-        most = slots.size(0) + E * least
-        rows = E * multiple if equal else (most + min(E, most) * (multiple - 1)) // multiple * multiple
+        if x.is_cuda or torch.compiler.is_compiling():
+            # the most rows there can be: to wait for the exact number would cost more
+            most = slots.size(0) + E * least
+            rows = E * multiple if equal else (most + min(E, most) * (multiple - 1)) // multiple * multiple
+        else:
+            rows = int(ends[-1])
 
         order = slots.argsort(stable=True)                                      # slots, sorted by expert
         shift = (ends - size) - (load.cumsum(0) - load)                         # (E,): padding before it
