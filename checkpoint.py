@@ -55,7 +55,8 @@ def has_bf16(device):
     """Whether a device computes in bfloat16 itself: not all do, and emulation is slow."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and has_units
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ FORMAT = 2      # of ckpt.pt
 @contextlib.contextmanager
 def sole_process(out_dir):
     """Holds OUT/lock, so that two processes never mix their files in one folder. The kernel releases the lock
-    however the process ends: a leftover file means nothing."""
+    however the process ends: a leftover file means nothing. ValueError if another process holds it."""
     new = not out_dir.exists()
     if not new and not out_dir.is_dir():
         raise ValueError(f"--out_dir {out_dir} is a file; give a folder")
@@ -162,6 +163,7 @@ def load_run(path):
 
     path: such a file, or the folder of a run, whose newest good checkpoint is taken: ckpt.pt, or ckpt.prev.pt
     where that is damaged, or missing after a kill between two renames. No pickled code is executed.
+    ValueError if there is none.
     """
     path, faults = Path(path), []
     files = [path / "ckpt.pt", *path.glob("ckpt.prev.pt")] if path.is_dir() else [path]
@@ -194,7 +196,8 @@ def fitting(path):
 
 
 def model_of_run(run):
-    """The model of a run on device "meta", if its classes are those that the run was trained with."""
+    """The model of a run on device "meta". ValueError unless its classes are those that the run was trained
+    with."""
     with fitting(run["path"]), torch.device("meta"):
         config = DeepSeekV3Config(**run["config"])
         if max(config.num_hidden_layers, config.num_nextn_predict_layers) > len(run["model"]):
@@ -261,7 +264,7 @@ Stored = namedtuple("Stored", "file dtype shape")       # of a tensor, as its fi
 
 def released_folder(name):
     """The folder of a path or, if there is none, of an id on the Hugging Face Hub (owner/name), which
-    huggingface_hub downloads."""
+    huggingface_hub downloads. ImportError without that, ValueError if the Hub refuses."""
     path = Path(name)
     if len(path.parts) != 2 or path.parent.exists():
         return path
@@ -416,7 +419,8 @@ def released_tensors(model):
 
 
 def find_model(cls, dir, changes):
-    """The model of a folder, without memory for its weights, and {name: Stored} of its tensors."""
+    """The model of a folder, without memory for its weights, and {name: Stored} of its tensors. ValueError if
+    they don't fit each other."""
     config, (stored, absent) = dataclasses.replace(read_config(dir), **changes), find_tensors(dir)
     main, depth, experts = config.num_hidden_layers, config.num_nextn_predict_layers, config.n_routed_experts
     if absent:
@@ -572,6 +576,9 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
                 files.append(INDEX)
                 content = {"metadata": {"total_size": total}, "weight_map": index}
                 (new / INDEX).write_text(json.dumps(content, indent=2))
+            for path in new.iterdir():
+                with open(path, "rb+") as f:
+                    os.fsync(f.fileno())        # not even a power cut costs the earlier checkpoint
         (dir / "config.json").unlink(missing_ok=True)       # without it, old and new files are no checkpoint
         for path in old_files(dir, texts):
             path.unlink()

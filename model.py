@@ -320,9 +320,8 @@ class MLA(nn.Module):
             # two plain products are faster there, as long as (B, H, T, S) stays small
             seen = torch.ones(T, S, dtype=torch.bool).tril() if mask is None else mask
             if mask is None and T > 128:        # 128 queries at a time leave out most of the keys after them
-                ends = [(slice(i, i + 128), slice(i + 128)) for i in range(0, T, 128)]
-                return torch.cat([self.attention(q[:, :, new], k[:, :, old], v[:, :, old], seen[new, old])
-                                  for new, old in ends], 2)
+                return torch.cat([self.attention(q[:, :, i:i + 128], k[:, :, :i + 128], v[:, :, :i + 128],
+                                                 seen[i:i + 128, :i + 128]) for i in range(0, T, 128)], 2)
             bias = q.new_zeros(seen.shape).masked_fill(~seen, -math.inf)
             return (self.softmax_scale * q @ k.mT + bias).softmax(-1) @ v
         # PyTorch prefers cuDNN on Hopper and data-center Blackwell; it takes a v narrower than the keys. The

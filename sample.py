@@ -304,12 +304,15 @@ def write_text(tokens, stop, encoding, stats):
 
 def run(args):
     hole = args.prefix is not None or args.suffix is not None
-    if hole and args.prompt is not None:
-        raise ValueError("--prompt is continued, --prefix and --suffix surround a hole; give one of the two")
-    for flag, value, low in (("num_samples", args.num_samples, 1), ("seed", args.seed, -2**63),
-                             ("max_new_tokens", args.max_new_tokens or 0, 0)):
-        if not low <= value < 2**63:
-            raise ValueError(f"--{flag} must be at least {low} and less than 2^63, got {value}")
+    for wrong, sentence in (
+            (args.num_samples < 1, f"--num_samples must be at least 1, got {args.num_samples}"),
+            ((args.max_new_tokens or 0) < 0,
+             f"--max_new_tokens must be at least 0, got {args.max_new_tokens}"),
+            (not -2**63 <= args.seed < 2**64, f"--seed must fit in 64 bits, got {args.seed}"),
+            (hole and args.prompt is not None,
+             "--prompt is continued, --prefix and --suffix surround a hole; give one of the two")):
+        if wrong:
+            raise ValueError(sentence)
     device = pick_device(args.device)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     model, encoding, ends, window = load(args.ckpt, device, dtype, args.ema)

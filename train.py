@@ -482,6 +482,7 @@ def train(given, on_log):
     state = {"step": 0, "samples": 0, "skipped": 0, "best": {"val_loss": math.inf, "iter": 0}}
     if cfg.resume:
         with fitting(ckpt["path"]):
+            # a wrong type ends here in one sentence, not in the middle of the run
             state = {key: type(start)(ckpt["state"][key]) for key, start in state.items()}
             for optimizer, saved in zip(optimizers, ckpt["optimizers"], strict=True):
                 load_optimizer(optimizer, saved)

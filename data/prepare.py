@@ -350,6 +350,10 @@ def main():
     out_dir = args.out_dir or Path(__file__).parent / name
     try:
         prepare(out_dir, args.source, args.input, args.tokenizer, args.fim_rate)
+        print(end="", flush=True)
+    except BrokenPipeError:     # as in `python data/prepare.py | head`; nothing is left to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, ImportError) as error:

@@ -58,7 +58,8 @@ SYNTAX = re.compile("(?:" + "|".join([
 def get_tokenizer(name_or_path):
     """-> tiktoken.Encoding. name_or_path: "bytes", "gpt2" (downloaded on first use), a .tiktoken file, a
     tokenizer.json of byte-level BPE, such as DeepSeek-V3's, or a folder with that or Kimi's tiktoken.model.
-    Adds ENDOFTEXT to a tokenizer that knows no token which ends a text."""
+    Adds ENDOFTEXT to a tokenizer that knows no token which ends a text. FileNotFoundError, ValueError for an
+    unsupported or damaged file, OSError for gpt2 while offline."""
     if name_or_path == "bytes":     # pieces of 64: 4x faster than a piece per character
         return build("bytes", r"[\s\S]{1,64}", BYTES, {ENDOFTEXT: 256})
     if name_or_path == "gpt2":
@@ -98,7 +99,8 @@ class Ends(NamedTuple):
 def read_ends(name_or_path, enc):
     """The Ends of a tokenizer whose encoding is enc, as the files of a release declare them: config.json by
     ids, which generation_config.json overrides, and tokenizer_config.json by names. The named eos comes
-    first. If no eos is declared, it is the first of KNOWN_EOS (and bos too, as in GPT-2)."""
+    first. If no eos is declared, it is the first of KNOWN_EOS (and bos too, as in GPT-2). ValueError for
+    ids that the tokenizer does not have."""
     path, ids, said = tokenizer_path(name_or_path), enc._special_tokens, {}
     if path.name in ("tokenizer.json", "tiktoken.model"):   # a file of any other name may lie beside anything
         for file in "special_tokens_map", "tokenizer_config", "config", "generation_config":

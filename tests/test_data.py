@@ -944,6 +944,14 @@ def test_command_line_refuses_in_a_sentence(tmp_path, arguments, words):
     assert not list(tmp_path.glob("out/*"))
 
 
+def test_a_closed_pipe_costs_no_data(tmp_path):
+    prepare_py = Path(__file__).parent.parent / "data" / "prepare.py"
+    process = subprocess.Popen([sys.executable, prepare_py, "--input", prepare_py, "--out_dir",
+                                tmp_path / "data"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.wait(60) == 141 and process.stderr.read() == "" and (tmp_path / "data/meta.json").exists()
+
+
 @pytest.mark.parametrize("flags, close", [
     (("--inptu", "input"), "--input"), (("--fim-rate=1",), "--fim_rate")])
 def test_a_mistyped_flag_names_the_closest_one(tmp_path, flags, close):

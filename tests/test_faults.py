@@ -62,7 +62,7 @@ def flip(path, at=None, bit=0):
 def test_torch_load_alone_would_take_a_flipped_bit(copy):
     flip(copy / "ckpt.pt")
     torch.load(copy / "ckpt.pt", weights_only=True)
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="is damaged"):
         checkpoint.load_run(copy / "ckpt.pt")
 
 

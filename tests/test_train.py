@@ -516,7 +516,7 @@ def test_damaged_data_end_in_one_sentence(data_dir, tmp_path, name, content, wor
 def test_a_run_is_never_overwritten(data_dir, tmp_path):
     flags = ["--data_dir", str(data_dir), "--out_dir", str(tmp_path), *SHAPE]
     (tmp_path / "ckpt.pt").write_bytes(b"precious")
-    for extra, words in ([], "holds an earlier run"), (["--resume"], "damaged or not a checkpoint"):
+    for extra, words in ([], "holds an earlier run"), (["--resume"], "is damaged or not a checkpoint"):
         with pytest.raises(SystemExit, match="^train.py: ") as e:
             train.main([*flags, *extra])
         assert words in str(e.value.code) and "\n" not in str(e.value.code)
@@ -528,7 +528,7 @@ def test_any_damage_to_a_checkpoint_ends_in_one_sentence(data_dir, tmp_path):
     whole = (tmp_path / "ckpt.pt").read_bytes()
     for damaged in b"", whole[:1], whole[:100], whole[:len(whole) // 2], whole[:-1], b"\0" * 1000, whole[1:]:
         (tmp_path / "ckpt.pt").write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged or not a checkpoint") as e:
+        with pytest.raises(ValueError, match="is damaged or not a checkpoint") as e:
             load_run(tmp_path / "ckpt.pt")
         assert "\n" not in str(e.value)
 
@@ -539,7 +539,7 @@ def test_a_pickle_is_not_executed(tmp_path):
             return os.system, (f"touch {tmp_path}/executed",)
 
     torch.save({"model": Evil()}, tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+    with pytest.raises(ValueError, match="is damaged or not a checkpoint"):
         load_run(tmp_path / "ckpt.pt")
     assert not (tmp_path / "executed").exists()
 
