@@ -106,7 +106,8 @@ def numbers_in_shared(sass):
     def content(register):      # what its four bytes hold: a number's name, or None for anything else
         return registers.get(register.split(".")[0], (None,) * 4)
 
-    for op, args in re.findall(r"\*/ +(?:@!?\w+ )?([A-Z][\w.]+) (.*?) ?;", sass):
+    # Triton 3.6's disassembler adds scheduling hints (&req=..., ?trans1) to instructions of sm_120
+    for op, args in re.findall(r"\*/ +(?:@!?\w+ )?([A-Z][\w.]+) (.*?) *[&?;]", sass):
         to, *args = args.split(", ")
         if op.startswith("F2FP.SATFINITE.E4M3"):    # two numbers, before the lower half of the last operand
             registers[to] = next(numbers), next(numbers), *content(args[-1])[:2]
