@@ -255,9 +255,8 @@ def build_model(cfg, config, device, dtype, ckpt):
         with place:
             model = DeepSeekV3(config)
     if ckpt and place.type != "meta":
-        with fitting(ckpt["path"]):
-            model.load_state_dict(ckpt["model"])
-            model.source_files = ckpt["source_files"]
+        model.load_state_dict(ckpt["model"])
+        model.source_files = ckpt["source_files"]
     if cfg.fsdp:
         model = sharded(model, device, dtype)
     if cfg.fp8:
@@ -352,6 +351,29 @@ def cast_weights(model, dtype):
     to the fp32 weights. The router and the embedding stay in fp32."""
     return {name: p.to(dtype) for name, p in model.named_parameters()
             if p.dim() > 1 and not name.endswith(("gate.weight", "embed_tokens.weight"))}
+
+
+def to_device(batch, device):
+    """x, y (B, T) of data.batch on the device; pinned on the way to a GPU, so that kernels run meanwhile."""
+    if device.type == "cuda":
+        batch = [t.pin_memory() for t in batch]
+    return [t.to(device, non_blocking=True) for t in batch]
+
+
+def forward_backward(model, weights, batches, count, autocast, doc_ids, mtp_loss_weight):
+    """Forward and backward pass over the `count` micro-batches (x, y) of a step, with the gradients of their
+    mean loss. weights: see cast_weights. Returns the sums of their losses (total, main, MTP, balance), (4,),
+    and of the experts' load, (L, E)."""
+    losses, load = 0, 0
+    for i, (x, y) in enumerate(batches, 1):
+        model.require_backward_grad_sync = i == count       # DDP averages gradients once, after the last
+        with autocast():
+            options = dict(doc_ids=doc_ids(x), mtp_loss_weight=mtp_loss_weight)
+            _, loss, aux = functional_call(model, weights, (x, y), options)
+        (loss / count).backward()
+        losses = losses + torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]])
+        load = load + aux["load"]
+    return losses, load
 
 
 def document_ids(separator, x):
@@ -553,21 +575,11 @@ def train(given, on_log):
             lr, gamma, lam = schedule(float(sequences[step] / sequences[-1]))
             # lambda is a tensor, as torch.compile takes a new number for a new constant
             lam = torch.tensor(config.mtp_loss_weight * lam)
-            losses, load, weights = 0, 0, cast_weights(model, dtype) if casts_weights else {}
+            starts = [state["samples"] + (i * world + rank) * size for i in range(accumulation)]
+            batches = (to_device(data.batch(start, size), device) for start in starts)
+            weights = cast_weights(model, dtype) if casts_weights else {}
             with reused_weights():
-                for i in range(accumulation):
-                    batch = data.batch(state["samples"] + (i * world + rank) * size, size)
-                    if device.type == "cuda":       # pinned, so that the copy runs beside the kernels
-                        batch = [t.pin_memory() for t in batch]
-                    x, y = (t.to(device, non_blocking=True) for t in batch)                     # (B, T)
-                    if world > 1:       # DDP averages the gradients after the last micro-batch only
-                        model.require_backward_grad_sync = i == accumulation - 1
-                    with autocast():
-                        options = dict(doc_ids=doc_ids(x), mtp_loss_weight=lam)
-                        _, loss, aux = functional_call(model, weights, (x, y), options)
-                    (loss / accumulation).backward()
-                    losses = losses + torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]])
-                    load = load + aux["load"]                                                   # (L, E)
+                losses, load = forward_backward(model, weights, batches, accumulation, autocast, doc_ids, lam)
             stop = torch.tensor([float(bool(signals))], device=device)
             losses = torch.cat([losses / (accumulation * world), stop])
             if world > 1:       # the same sums on all ranks, so that all decide alike what follows
