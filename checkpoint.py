@@ -195,9 +195,9 @@ def fitting(path):
                  "trained with, or start a new run in another --out_dir)")
 
 
-def model_of_run(run):
-    """The model of a run on device "meta". ValueError unless its classes are those that the run was trained
-    with."""
+def model_of_run(run, weights="model"):
+    """The model of a run with the run's own tensors as weights, or with its average's ("ema"). ValueError
+    unless its classes are those that the run was trained with."""
     with fitting(run["path"]), torch.device("meta"):
         config = DeepSeekV3Config(**run["config"])
         if max(config.num_hidden_layers, config.num_nextn_predict_layers) > len(run["model"]):
@@ -208,6 +208,8 @@ def model_of_run(run):
             before, now = (", ".join(names) or "nothing" for names in (run["replaced"], replaced))
             raise ValueError(f"it was trained with these parts of model.py replaced: {before}; replaced now: "
                              f"{now}; replace the same ones first")
+        model.load_state_dict(run[weights], assign=True)
+        model.source_files = run["source_files"]
     return model
 
 

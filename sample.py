@@ -181,11 +181,9 @@ def load(path, device, dtype=None, ema=False):
         model = DeepSeekV3.from_pretrained(path, dtype or default_dtype(stored, device), device)
         return Loaded(model, encoding, read_ends(path, encoding), None)
 
-    model = model_of_run(ckpt)
+    model = model_of_run(ckpt, "ema" if ema else "model")
     with fitting(ckpt["path"]):
-        model.load_state_dict(ckpt["ema" if ema else "model"], assign=True)
-        encoding, model.source_files = encoding_from_json(ckpt["encoding"]), ckpt["source_files"]
-        model.ends = ends_of_data(ckpt["meta"])
+        encoding, model.ends = encoding_from_json(ckpt["encoding"]), ends_of_data(ckpt["meta"])
     model.to(device, dtype or default_dtype("float32", device))
     return Loaded(model.eval(), encoding, model.ends, model.config.max_position_embeddings)
 

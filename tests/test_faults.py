@@ -95,11 +95,13 @@ def test_a_checkpoint_of_another_format_is_refused(copy):
 @pytest.mark.parametrize("key, value", [
     ("config", None), ("config", {"hidden_size": "x"}), ("config", {"no_such_field": 1}), ("model", {}),
     ("config", {"num_hidden_layers": 10**30}), ("config", {"rope_theta": 10**400}),
-    ("model", "other shapes"), ("replaced", 5)])
+    ("config", "a vast model"), ("model", "other shapes"), ("replaced", 5)])
 def test_a_checkpoint_of_absurd_contents_is_refused(copy, key, value):
     run = checkpoint.load_run(copy / "ckpt.pt")
     if value == "other shapes":
         value = {name: t.flatten() for name, t in run["model"].items()}
+    if value == "a vast model":     # refused before there is memory for it
+        value = {**run["config"], "hidden_size": 10**9}
     torch.save({**run, key: value}, copy / "ckpt.pt")
     for flags in ["--resume", "--out_dir", copy], ["--init_from", copy, "--out_dir", copy / "new"]:
         assert "this version of" in refused(*flags)
