@@ -174,7 +174,10 @@ def load_run(path):
             run = torch.load(file, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
             break
         except FileNotFoundError:
-            faults.append(f"there is no checkpoint {file}; train.py saves it at its first evaluation")
+            best = file.with_name("best.pt")
+            hint = (f"copy {best} to it to continue from there" if best.exists()
+                    else "train.py saves it at its first evaluation")
+            faults.append(f"there is no checkpoint {file}; {hint}")
         except Exception as e:      # torch.load raises whatever the damaged bytes lead to
             faults.append(f"{file} is damaged or not a checkpoint ({one_line(e)}); restore it from a copy, "
                           "such as best.pt, or start a new run in another --out_dir")
@@ -633,12 +636,21 @@ def replaced_classes(model):
     """Names of a model's classes, methods and functions that are not model.py's, fp8.py's or torch's own: a
     checkpoint holds their weights, but not what they compute."""
     source = vars(sys.modules[DeepSeekV3.__module__])
-    things = [(name, value) for name, value in source.items() if inspect.isfunction(value)]
+    things = [(name, value) for name, value in source.items()
+              if inspect.isfunction(value) or isinstance(value, partial)]
+    # model.py imports no module class of torch's by name
+    of_torch = [name for name, value in source.items() if inspect.isclass(value)
+                and issubclass(value, torch.nn.Module) and value.__module__.startswith("torch")]
     for module in model.modules():
         for owner in [module, *type(module).__mro__]:
             name = getattr(owner, "__name__", type(module).__name__)
             things.append((name, owner))
             if owner is module or owner.__module__ in ("model", "fp8"):
                 things += [(f"{name}.{key}", value) for key, value in vars(owner).items() if callable(value)]
-    return sorted({name for name, thing in things if (getattr(thing, "__module__", None) or "").split(".")[0]
-                   not in ("model", "fp8", "torch", "builtins", "dataclasses", "")})
+
+    def homes(thing):       # functools.wraps copies __module__, and torch.no_grad makes functions of its own
+        names = getattr(thing, "__module__", None), getattr(thing, "__globals__", {}).get("__name__")
+        return {(name or "").split(".")[0] for name in names}
+
+    known = {"model", "fp8", "torch", "builtins", "dataclasses", ""}
+    return sorted({*of_torch, *(name for name, thing in things if not homes(thing) <= known)})

@@ -78,9 +78,9 @@ class DeepSeekV3Config:
         may_be_zero = "num_nextn_predict_layers", "n_shared_experts", "first_k_dense_replace"
         for field in dataclasses.fields(self):
             value, is_size = getattr(self, field.name), field.type in (int, int | None)
-            least = 1 if is_size and field.name not in may_be_zero else 0
-            if value is not None and field.type in (int, int | None, float) and not value >= least:
-                raise ValueError(f"{field.name} must be at least {least}, got {value}")
+            least = 1 if (is_size or field.name == "rope_theta") and field.name not in may_be_zero else 0
+            if value is not None and (is_size or field.type is float) and not least <= value < math.inf:
+                raise ValueError(f"{field.name} must be a number of at least {least}, got {value}")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even for RoPE's pairs, got {self.qk_rope_head_dim}")
         if self.n_routed_experts % self.n_group:

@@ -439,7 +439,7 @@ def write_log(path, entry):
     entry = {key: None if isinstance(value, float) and not math.isfinite(value) else value
              for key, value in entry.items()}
     with writing(path), open(path, "a") as f:
-        f.write(json.dumps(entry, default=str) + "\n")
+        f.write(json.dumps(entry, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x)) + "\n")
 
 
 def progress(entry):
@@ -472,15 +472,17 @@ def train(given, on_log):
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and has_bf16(device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     meta, encoding, data = open_data(cfg, config, bool(ckpt or cfg.init_from or "vocab_size" in given), rank)
-    if cfg.resume and not ckpt["meta"].items() <= meta.items():
+    same_tokens = True
+    if ckpt or cfg.init_from:
+        known = encoding_from_json(ckpt["encoding"]) if ckpt else get_tokenizer(cfg.init_from)
+        same_tokens = same_ids(encoding_from_json(encoding), known)
+    if cfg.resume and not (same_tokens and ckpt["meta"].items() <= meta.items()):
         raise ValueError(f"the data in {cfg.data_dir} are not those that {out_dir} was trained on; restore "
                          "them, or start a new run in another --out_dir")
-    if cfg.init_from and not cfg.resume:
-        tokenizer = encoding_from_json(ckpt["encoding"]) if ckpt else get_tokenizer(cfg.init_from)
-        if not same_ids(encoding_from_json(encoding), tokenizer):
-            raise ValueError(f"the data in {cfg.data_dir} were not prepared with the tokenizer of "
-                             f"{cfg.init_from}; prepare them with: python data/prepare.py --tokenizer "
-                             f"{cfg.init_from} --out_dir DIR")
+    if not same_tokens:
+        raise ValueError(f"the data in {cfg.data_dir} were not prepared with the tokenizer of "
+                         f"{cfg.init_from}; prepare them with: python data/prepare.py --tokenizer "
+                         f"{ckpt['meta']['tokenizer'] if ckpt else cfg.init_from} --out_dir DIR")
     with torch.device("meta"):
         replaced = replaced_classes(DeepSeekV3(config))
     validation = Validation(Path(cfg.data_dir, "val.bin"), meta, encoding, cfg.batch_size, cfg.block_size)
@@ -533,7 +535,7 @@ def train(given, on_log):
            "sequences_per_step": sequences_per_step}
     log_file = out_dir / "log.jsonl"
     if rank == 0:
-        cut_log(log_file, state["step"])
+        cut_log(log_file, state["step"] if cfg.resume else -1)
         if state["best"]["iter"] == state["step"] > 0:      # a kill may have come between ckpt.pt and best.pt
             keep_best(out_dir / "ckpt.pt")
 

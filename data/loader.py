@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from data.prepare import SOURCES, prepare, progress
-from data.tokenizer import blame, encoding_from_json, need, read_json, token_lengths
+from data.tokenizer import blame, encoding_from_json, ends_of_data, need, read_json, token_lengths
 
 
 def open_bin(path, meta):
@@ -72,6 +72,9 @@ def read_meta(path):
         meta = read_json(path)
         need(meta["dtype"] in ("uint16", "uint32"), f"dtype {meta['dtype']}")
         need(0 <= meta["separator"] < meta["vocab_size"] < 2**31, "a separator outside the vocabulary")
+        ends = ends_of_data(meta)
+        need(all(0 <= token < meta["vocab_size"] for token in (ends.begin, *ends.eos)),
+             "a bos or eos outside the vocabulary")
         return meta
 
 

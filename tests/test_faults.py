@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,29 @@ def flip(path, at=None, bit=0):
     content = bytearray(path.read_bytes())
     content[len(content) // 2 if at is None else at] ^= 1 << bit
     path.write_bytes(content)
+
+
+def test_a_damaged_tokenizer_or_end_of_texts_is_refused(copy, data_dir, tmp_path):
+    damaged = tmp_path / "data"
+    shutil.copytree(data_dir, damaged)
+    encoding = json.loads((damaged / "encoding.json").read_text())
+    encoding["ranks"]["ZQ=="], encoding["ranks"]["Zg=="] = (encoding["ranks"][key] for key in ("Zg==", "ZQ=="))
+    (damaged / "encoding.json").write_text(json.dumps(encoding))
+    flags = "--data_dir", damaged, "--max_iters", 5
+    assert "are not those that" in refused("--resume", "--out_dir", copy, *flags)
+    said = refused("--init_from", copy, "--out_dir", tmp_path / "new", *flags)
+    assert "prepare.py --tokenizer bytes" in said
+
+    meta = json.loads((damaged / "meta.json").read_text())
+    for eos in [meta["vocab_size"]], None, 5:
+        (damaged / "meta.json").write_text(json.dumps({**meta, "eos": eos}))
+        assert "meta.json is damaged" in refused("--out_dir", tmp_path / "new", *flags)
+
+
+def test_a_folder_with_nothing_but_best_pt_says_how_to_continue_from_it(copy):
+    (copy / "ckpt.pt").rename(copy / "best.pt")
+    (copy / "ckpt.prev.pt").unlink(missing_ok=True)
+    assert f"copy {copy / 'best.pt'} to it" in refused("--resume", "--out_dir", copy)
 
 
 # ---------------------------------------------------------------------- damaged checkpoints

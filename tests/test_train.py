@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model
 import sample
 import train
-from checkpoint import load_run
+from checkpoint import load_run, replaced_classes
 from data.loader import Tokens, Validation
 from data.prepare import prepare
 from model import DeepSeekV3, DeepSeekV3Config
@@ -623,12 +623,14 @@ def test_on_log_gets_each_entry_and_the_load_and_may_add_to_it(data_dir, tmp_pat
 
     def on_log(entry, load):
         loads.append(load)
-        entry |= {"note": "mine", "tokens": load.sum(1).tolist(), "path": tmp_path, "bad": math.nan}
+        entry |= {"note": "mine", "tokens": load.sum(1).tolist(), "path": tmp_path, "bad": math.nan,
+                  "mean": load.float().mean()}
 
     train.main(command(data_dir, tmp_path, "--max_iters", 2, "--log_interval", 1)[2:], on_log=on_log)
     assert [entry["note"] for entry in log(tmp_path)] == ["mine", "mine"]
     # 4 sequences of 32 tokens with 2 experts each; the MTP module has no label at the last position
     assert log(tmp_path)[0]["tokens"] == loads[0].sum(1).tolist() == [256, 248] and loads[0].shape == (2, 4)
+    assert log(tmp_path)[0]["mean"] == (256 + 248) / 8
     assert log(tmp_path)[0]["bad"] is None and log(tmp_path)[0]["path"] == str(tmp_path)
 
 
@@ -646,6 +648,25 @@ def test_a_run_with_a_replaced_class_needs_it_to_go_on(data_dir, tmp_path, monke
         ok(data_dir, tmp_path, "--max_iters", 3, "--resume")
     with pytest.raises(ValueError, match="Softmax"):
         sample.load(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("name, replacement, said", [
+    ("MLP.forward", functools.wraps(model.MLP.forward)(lambda self, x: x), "MLP.forward"),
+    ("rope_cos_sin", functools.partial(model.rope_cos_sin), "rope_cos_sin"),
+    ("RMSNorm", torch.nn.RMSNorm, "RMSNorm"),
+    ("Gate.update_bias", torch.no_grad()(lambda *_: None), "Gate.update_bias")])
+def test_replacements_in_disguise_are_recorded(make_model, monkeypatch, name, replacement, said):
+    assert replaced_classes(make_model()) == []
+    owner, _, last = name.rpartition(".")
+    monkeypatch.setattr(getattr(model, owner) if owner else model, last, replacement)
+    assert said in replaced_classes(make_model())
+
+
+def test_a_new_run_keeps_no_line_of_a_log_that_a_killed_one_left(data_dir, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/log.jsonl").write_text('{"iter": 0, "val_loss": 1.0}\n')
+    ok(data_dir, tmp_path / "out", "--max_iters", 1)
+    assert [entry["iter"] for entry in log(tmp_path / "out")] == [1]
 
 
 def test_a_run_is_fine_tuned_at_its_own_length_after_an_evaluation_at_step_0(data_dir, tmp_path):
