@@ -366,9 +366,12 @@ def find_tensors(dir):
     files, stored, absent = ["model.safetensors"], {}, []
     if (dir / INDEX).is_file():
         with blame(dir / INDEX):
-            files = sorted({str(file) for file in read_json(dir / INDEX)["weight_map"].values()})
+            shards = sorted({str(file) for file in read_json(dir / INDEX)["weight_map"].values()})
+        present = {path.name for path in dir.iterdir()}
+        if present.isdisjoint(files) or present.intersection(shards):       # else only the index was left over
+            files = shards
     for file in files:
-        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file):
+        if not re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", file):
             raise ValueError(f"{dir / INDEX} names {file[:200]!r}; only safetensors files of its own folder "
                              "are read")
         path = dir / file

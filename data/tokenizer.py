@@ -122,6 +122,8 @@ def read_ends(name_or_path, enc):
         if type(token) is not int or not 0 <= token < enc.n_vocab:
             raise ValueError(f"bos or eos token {repr(token)[:100]} is not one of the tokenizer's "
                              f"{enc.n_vocab} ids; correct config.json or generation_config.json")
+    if eos is not None and not {*stops} & {*ids.values()}:      # transformers' default id, of another token
+        stops = [eos]
     if not stops:
         known = [ids[token] for token in KNOWN_BOS + KNOWN_EOS if token in ids]
         stops = [ids[token] for token in KNOWN_EOS if token in ids][:1]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -964,6 +965,21 @@ def test_exported_tokenizer_gives_the_same_ids(tmp_path, pattern):
     ids = [97, enc._special_tokens[eos]]
     assert theirs.encode(f"a{eos}") == ids == again.encode(f"a{eos}", allowed_special="all")
     assert theirs.eos_token_id == enc._special_tokens[eos]
+
+
+def test_what_an_index_left_over_and_odd_names_of_shards_load(tmp_path, make_model):
+    a, b = make_model(), make_model()
+    a.save_pretrained(tmp_path / "a", shard_bytes=20_000)
+    b.save_pretrained(tmp_path / "b")
+    shutil.copy(tmp_path / "a/model.safetensors.index.json", tmp_path / "b")
+    odd = json.loads((tmp_path / "a/model.safetensors.index.json").read_text())
+    for name in set(odd["weight_map"].values()):
+        (tmp_path / "a" / name).rename(tmp_path / "a" / f"my model (1)+{name}")
+    odd["weight_map"] = {key: f"my model (1)+{name}" for key, name in odd["weight_map"].items()}
+    (tmp_path / "a/model.safetensors.index.json").write_text(json.dumps(odd))
+    for saved, name in (a, "a"), (b, "b"):
+        loaded = DeepSeekV3.from_pretrained(tmp_path / name).state_dict()
+        assert all(torch.equal(t, loaded[key]) for key, t in saved.state_dict().items())
 
 
 def test_kimi_tokenizer(tmp_path):

@@ -568,6 +568,7 @@ EOT = {"eos_token": "<|eot_id|>"}
     (dict(tokenizer_config=EOT, config={"eos_token_id": 259}, generation_config={"eos_token_id": 260}),
      Ends(None, (260,), False)),
     (dict(config={"eos_token_id": 259}, generation_config={"eos_token_id": None}), Ends(None, (259,), False)),
+    (dict(tokenizer_config=EOT, config={"eos_token_id": 1}), Ends(None, (259,), False)),    # 1 ends no text
     ({}, Ends(260, (260,), False)),     # nothing is declared: <|im_end|> is known
 ])
 def test_ends_as_the_folder_declares_them(tmp_path, files, ends):

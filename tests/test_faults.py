@@ -62,7 +62,8 @@ def test_a_damaged_tokenizer_or_end_of_texts_is_refused(copy, data_dir, tmp_path
     damaged = tmp_path / "data"
     shutil.copytree(data_dir, damaged)
     encoding = json.loads((damaged / "encoding.json").read_text())
-    encoding["ranks"]["ZQ=="], encoding["ranks"]["Zg=="] = (encoding["ranks"][key] for key in ("Zg==", "ZQ=="))
+    ranks = encoding["ranks"]
+    ranks["ZQ=="], ranks["Zg=="] = ranks["Zg=="], ranks["ZQ=="]
     (damaged / "encoding.json").write_text(json.dumps(encoding))
     flags = "--data_dir", damaged, "--max_iters", 5
     assert "are not those that" in refused("--resume", "--out_dir", copy, *flags)
