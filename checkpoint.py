@@ -368,7 +368,7 @@ def find_tensors(dir):
         with blame(dir / INDEX):
             shards = sorted({str(file) for file in read_json(dir / INDEX)["weight_map"].values()})
         present = {path.name for path in dir.iterdir()}
-        if present.isdisjoint(files) or present.intersection(shards):       # else only the index was left over
+        if present.isdisjoint(files) or present.intersection(shards):   # else only the index was left over
             files = shards
     for file in files:
         if not re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", file):
