@@ -228,6 +228,10 @@ class MLA(nn.Module):
     Copy along: RMSNorm, rotate, yarn_mscale.
     """
 
+    # A subclass may define visible(self, query, key): which keys, of those up to its own position, a query
+    # sees. query: (T, 1), key: (S,), positions; returns bool (T, S), as in `return key > query - 512`
+    visible = None
+
     def __init__(self, config):
         super().__init__()
         D, self.H = config.hidden_size, config.num_attention_heads
@@ -249,11 +253,6 @@ class MLA(nn.Module):
         self.softmax_scale = self.d_qk ** -0.5
         if (yarn := config.rope_scaling) is not None and yarn.get("mscale_all_dim"):
             self.softmax_scale *= yarn_mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
-
-    def visible(self, query, key):
-        """Which keys, of those up to its own position, a query sees: None for all, or bool (T, S), from the
-        positions query (T, 1) and key (S,). A sliding window overrides this: `return key > query - 512`."""
-        return None
 
     def forward(self, x, cos, sin, mask=None, cache=None, pos=0):
         """x: (B, T, D) at positions pos..pos+T-1, whose RoPE angles are cos, sin. Returns (B, T, D).
@@ -287,12 +286,12 @@ class MLA(nn.Module):
     def causal_mask(self, pos, T, device, mask=None):
         """What queries at pos..pos+T-1 see: bool (T, pos + T) or mask's shape, None for plain causal
         attention, which kernels do without a mask."""
-        query, key = torch.arange(pos, pos + T, device=device)[:, None], torch.arange(pos + T, device=device)
-        seen = self.visible(query, key)
-        if pos == 0 and seen is None and mask is None:
+        if pos == 0 and self.visible is None and mask is None:
             return None
-        causal = key <= query
-        seen = causal if seen is None else causal & seen
+        query, key = torch.arange(pos, pos + T, device=device)[:, None], torch.arange(pos + T, device=device)
+        seen = key <= query
+        if self.visible is not None:
+            seen = seen & self.visible(query, key)
         return seen if mask is None else seen & mask
 
     def can_absorb(self):
@@ -345,7 +344,7 @@ class MLA(nn.Module):
         (multi-query attention), and W^UV follows the weighted sum. q_c, q_r: (B, 1, H, ·);
         cache: (B, S, d_c + d_rope). Returns (B, 1, H, d_v).
         """
-        (B, _, H, _), S = q_c.shape, cache.size(1)
+        B, _, H, _ = q_c.shape
         w = self.kv_b_proj.weight.view(H, self.d_nope + self.d_v, self.d_c).type_as(q_c)
         w_uk, w_uv = w.split([self.d_nope, self.d_v], 1)                        # (H, ·, d_c)
         q_c = torch.bmm(q_c[:, 0].transpose(0, 1), w_uk).transpose(0, 1)        # (B, H, d_c)
@@ -354,8 +353,10 @@ class MLA(nn.Module):
         G = math.gcd(H, self.cores) if q_c.device.type == "cpu" else 1
         q = torch.cat([q_c, q_r[:, 0]], -1).view(B, G, H // G, -1)              # (B, G, H/G, d_c + d_rope)
         kv = cache[:, None].type_as(q)                                          # (B, 1, S, d_c + d_rope)
-        key = torch.arange(S, device=q.device)
-        seen = self.visible(key[-1:, None], key)                                # (1, S) or None
+        seen = None
+        if self.visible is not None:
+            key = torch.arange(cache.size(1), device=q.device)
+            seen = self.visible(key[-1:, None], key)                            # (1, S)
         # k_r rides along as part of the "value", so that key and value are one tensor, and is cut off
         o = F.scaled_dot_product_attention(q, kv, kv, attn_mask=seen, scale=self.softmax_scale,
                                            enable_gqa=G > 1)                    # (B, G, H/G, d_c + d_rope)

@@ -4,11 +4,13 @@ Decoding speed beside transformers' DeepseekV3ForCausalLM with the same weights,
     python tests/bench/bench_decode.py                # prefill and plain decoding, with the ratios
     python tests/bench/bench_decode.py --compile      # with our steps under torch.compile as well
     python tests/bench/bench_decode.py --ckpt out     # plain and speculative decoding of a trained model
+    python tests/bench/bench_decode.py --against DIR  # beside model.py of another checkout, as of an older commit
 
 Medians of repeated runs. The contestants take turns, so that a noisy machine disturbs all of them alike.
 """
 
 import copy
+import importlib.util
 import itertools
 import resource
 import statistics
@@ -50,6 +52,14 @@ def transformers_model(model, implementation):
     return theirs
 
 
+def load_source(path):
+    """Another checkout's model.py as a module."""
+    spec = importlib.util.spec_from_file_location("other_model", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)     # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
 class Ours:
     def __init__(self, model):
         self.model = model
@@ -87,7 +97,8 @@ def measure(contestants, lengths):
     for repeat, length in itertools.product(range(REPEATS + 1), lengths):
         idx = torch.randint(0, BENCH["vocab_size"], (1, length), generator=torch.Generator().manual_seed(1))
         texts = {}
-        for name, contestant in contestants.items():
+        for name in sorted(contestants, reverse=repeat % 2):
+            contestant = contestants[name]
             start = time.perf_counter()
             token, text = contestant.prefill(idx), []
             middle = time.perf_counter()
@@ -102,17 +113,16 @@ def measure(contestants, lengths):
     return {key: tuple(map(statistics.median, pair)) for key, pair in times.items()}
 
 
-def compare(compile):
-    torch.manual_seed(0)
-    model = DeepSeekV3(DeepSeekV3Config(**BENCH)).eval()
-    print(f"config bench: {model.num_params():,} parameters, batch 1, fp32, "
-          f"{torch.get_num_threads()} threads")
+def memory(model):
     cache = sum(c.numel() * c.element_size() for c in model.new_cache(1, 4096 + 1))
     model.generate(torch.zeros(1, 1, dtype=torch.int64), 4096)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024        # before others load their models
     weights = model.num_params() * 4 / 2**20
     print(f"4096 tokens generated: cache {cache / 2**20:.1f} MiB, peak memory of the process {peak:.0f} MiB, "
           f"of which {weights:.0f} MiB are weights and most of the rest is PyTorch", flush=True)
+
+
+def beside_transformers(model, compile):
     contestants = {"ours": Ours(model)}
     if compile:
         contestants["ours compiled"] = Ours(copy.deepcopy(model))
@@ -122,6 +132,21 @@ def compare(compile):
             contestants[f"transformers {implementation}"] = Theirs(theirs)
     if len(contestants) == 1:
         print("transformers is not installed: only our own times (pip install transformers)")
+    return contestants
+
+
+def beside_checkout(model, compile, folder):
+    """Both compiled, or neither."""
+    source = load_source(Path(folder) / "model.py")
+    other = source.DeepSeekV3(source.DeepSeekV3Config(**BENCH)).eval()
+    other.load_state_dict(model.state_dict())
+    if compile:
+        compile_steps(model)
+        compile_steps(other)
+    return {"ours": Ours(model), Path(folder).name: Ours(other)}
+
+
+def compare(contestants):
     print(f"{'prompt':>6}  {'contestant':<24}{'prefill ms':>12}{'ms/token':>10}{'prefill x':>11}"
           f"{'decode x':>10}")
     found = measure(contestants, (128, 512, 2048))
@@ -162,5 +187,17 @@ if __name__ == "__main__":
     parser = command_line(__doc__)
     parser.add_argument("--ckpt", help="a run of train.py: measure speculation on it instead")
     parser.add_argument("--compile", action="store_true", help="compile our decoding steps too")
+    parser.add_argument("--against", metavar="DIR", help="compare with the model.py in this folder instead")
     args = parser.parse_args()
-    speculation(args.ckpt, args.compile) if args.ckpt else compare(args.compile)
+    if args.ckpt:
+        speculation(args.ckpt, args.compile)
+    else:
+        torch.manual_seed(0)
+        model = DeepSeekV3(DeepSeekV3Config(**BENCH)).eval()
+        print(f"config bench: {model.num_params():,} parameters, batch 1, fp32, "
+              f"{torch.get_num_threads()} threads")
+        if args.against:
+            compare(beside_checkout(model, args.compile, args.against))
+        else:
+            memory(model)
+            compare(beside_transformers(model, args.compile))
