@@ -587,15 +587,11 @@ def train(given, on_log):
             if world > 1:       # the same sums on all ranks, so that all decide alike what follows
                 dist.all_reduce(losses)
                 dist.all_reduce(load)
-            grads = [p.grad for p in raw_model.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
-            del grads       # so that zero_grad frees them
+            norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
             grad_norm = norm.full_tensor() if cfg.fsdp else norm
             # The one moment in which the CPU waits for a GPU. It must, as a NaN would spread to every weight
             *losses, stop, grad_norm = torch.cat([losses, grad_norm[None]]).tolist()
             if math.isfinite(sum(losses) + grad_norm):
-                if grad_norm > 1:
-                    torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), 1.0, norm)
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = cfg.learning_rate * lr
