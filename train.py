@@ -127,7 +127,7 @@ def json_object(text):
 
 
 def parse_args(argv):
-    """-> dict of the flags that were given, without defaults."""
+    """-> dict of the flags that were given, without defaults but out_dir's."""
     kinds = {"q_lora_rank": int_or_none, "rope_scaling": json_object}
     parser = Parser(__doc__)
     group = parser.add_argument_group("the model's config (defaults: the preset's)")
@@ -137,6 +137,7 @@ def parse_args(argv):
             if f.type is bool:
                 kind = dict(action=argparse.BooleanOptionalAction)
             where.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f.metadata.get("help"), **kind)
+    parser.set_defaults(out_dir=TrainConfig.out_dir)    # for --resume too, wherever the run was before
     return vars(parser.parse_args(argv))
 
 
@@ -146,7 +147,7 @@ def settings(given):
     own = {f.name for f in dataclasses.fields(TrainConfig)}
     flags = {key: value for key, value in given.items() if key in own}
     model_flags = {key: value for key, value in given.items() if key not in own}
-    out_dir, ckpt = Path(given.get("out_dir", TrainConfig.out_dir)), None
+    out_dir, ckpt = Path(given["out_dir"]), None
     earlier = [out_dir / name for name in (*CHECKPOINTS, "best.pt") if (out_dir / name).exists()]
     if given.get("resume"):
         ckpt = load_run(out_dir)
@@ -669,8 +670,7 @@ def main(argv=None, on_log=None):
     try:
         if "RANK" in os.environ:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
-        with sole_process(out_dir) if rank == 0 else contextlib.nullcontext():
+        with sole_process(Path(given["out_dir"])) if rank == 0 else contextlib.nullcontext():
             train(given, on_log)
     except (ValueError, OSError, ImportError) as e:
         raise SystemExit(f"train.py: {e}") from None

@@ -165,6 +165,14 @@ def test_resume_can_lengthen_a_run_but_not_change_it(data_dir, tmp_path):
     assert checkpoint(tmp_path)["state"]["step"] == 6
 
 
+def test_a_run_resumes_in_the_folder_that_it_was_moved_to(data_dir, tmp_path, monkeypatch):
+    ok(data_dir, tmp_path / "before", "--max_iters", 1)
+    (tmp_path / "before").rename(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume", "--max_iters", "2"])        # in "out", the default
+    assert checkpoint(tmp_path / "out")["state"]["step"] == 2 and not (tmp_path / "before").exists()
+
+
 def test_accumulated_micro_batches_equal_the_large_batch(data_dir, tmp_path):
     """AdamW's first steps see the gradient's sign only, so router biases, losses and norms are compared."""
     common = ["--max_iters", 3, "--log_interval", 1, "--balance_loss_alpha", 0, "--eval_interval", 3]
