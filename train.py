@@ -473,17 +473,16 @@ def train(given, on_log):
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and has_bf16(device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     meta, encoding, data = open_data(cfg, config, bool(ckpt or cfg.init_from or "vocab_size" in given), rank)
-    same_tokens = True
     if ckpt or cfg.init_from:
         known = encoding_from_json(ckpt["encoding"]) if ckpt else get_tokenizer(cfg.init_from)
         same_tokens = same_ids(encoding_from_json(encoding), known)
-    if cfg.resume and not (same_tokens and ckpt["meta"].items() <= meta.items()):
-        raise ValueError(f"the data in {cfg.data_dir} are not those that {out_dir} was trained on; restore "
-                         "them, or start a new run in another --out_dir")
-    if not same_tokens:
-        raise ValueError(f"the data in {cfg.data_dir} were not prepared with the tokenizer of "
-                         f"{cfg.init_from}; prepare them with: python data/prepare.py --tokenizer "
-                         f"{ckpt['meta']['tokenizer'] if ckpt else cfg.init_from} --out_dir DIR")
+        if cfg.resume and not (same_tokens and ckpt["meta"].items() <= meta.items()):
+            raise ValueError(f"the data in {cfg.data_dir} are not those that {out_dir} was trained on; "
+                             "restore them, or start a new run in another --out_dir")
+        if not same_tokens:
+            raise ValueError(f"the data in {cfg.data_dir} were not prepared with the tokenizer of "
+                             f"{cfg.init_from}; prepare them with: python data/prepare.py --tokenizer "
+                             f"{ckpt['meta']['tokenizer'] if ckpt else cfg.init_from} --out_dir DIR")
     with torch.device("meta"):
         replaced = replaced_classes(DeepSeekV3(config))
     validation = Validation(Path(cfg.data_dir, "val.bin"), meta, encoding, cfg.batch_size, cfg.block_size)
