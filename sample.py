@@ -78,13 +78,12 @@ def verify(drafts, q, p, done, generator):
     accepted = (u * q_x < p_x).long().cumprod(1).sum(1)                             # (B,) leading ones
     accepted = accepted.masked_fill(done[:, 0], depth)
     n = int(accepted.min())
-    residual = p[:, n]                                                              # (B, V)
-    if n < depth:
-        excess = (p[:, n] - q[:, n]).clamp(min=0)
-        residual = torch.where(excess.sum(-1, keepdim=True) > 0, excess, residual)
+    if n == depth:
+        return torch.cat([drafts, draw(p[:, n:], generator)], 1)
+    excess = (p[:, n] - q[:, n]).clamp(min=0)                                       # (B, V)
+    residual = torch.where(excess.sum(-1, keepdim=True) > 0, excess, p[:, n])
     token = draw(residual[:, None], generator)                                      # (B, 1)
-    if n < depth:                               # a row that accepted draft n keeps it
-        token = torch.where(accepted[:, None] > n, drafts[:, n:n + 1], token)
+    token = torch.where(accepted[:, None] > n, drafts[:, n:n + 1], token)   # a row that accepted it keeps it
     return torch.cat([drafts[:, :n], token], 1)
 
 
