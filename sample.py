@@ -109,8 +109,7 @@ def generate_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top
         stats.setdefault(name, 0)
 
     # drafts may reach beyond the last position that the caller asked for, and are cut off
-    tokens = idx.new_zeros(B, T + max_new_tokens + depth + 1)
-    tokens[:, :T] = idx
+    tokens = torch.nn.functional.pad(idx, (0, max_new_tokens + depth + 1))
     cache = model.new_cache(B, tokens.size(1), mtp=depth > 0)
     h = model.prefill(idx, cache)        # h^0 of positions start..p-1, for the MTP modules
     new = draw(sampling_probs(model.lm_head(h[:, -1:]), *settings), generator)      # (B, 1)
