@@ -590,8 +590,8 @@ def train(given, on_log):
             norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
             grad_norm = norm.full_tensor() if cfg.fsdp else norm
             # The one moment in which the CPU waits for a GPU. It must, as a NaN would spread to every weight
-            *losses, stop, grad_norm = torch.cat([losses, grad_norm[None]]).tolist()
-            if math.isfinite(sum(losses) + grad_norm):
+            loss, main, mtp, balance, stop, grad_norm = torch.cat([losses, grad_norm[None]]).tolist()
+            if math.isfinite(loss + grad_norm):
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = cfg.learning_rate * lr
@@ -619,8 +619,8 @@ def train(given, on_log):
                 continue
             tokens_per_s = (state["samples"] - timed_from) * cfg.block_size / (time.monotonic() - timer)
             vio = load.float().amax(1) / load.float().mean(1) - 1       # MaxVio by layer (arXiv 2408.15664)
-            entry = {"iter": state["step"], "loss": losses[0], "main_loss": losses[1], "mtp_loss": losses[2],
-                     "balance_loss": losses[3], "lr": cfg.learning_rate * lr, "grad_norm": grad_norm,
+            entry = {"iter": state["step"], "loss": loss, "main_loss": main, "mtp_loss": mtp,
+                     "balance_loss": balance, "lr": cfg.learning_rate * lr, "grad_norm": grad_norm,
                      "tokens_per_s": tokens_per_s,
                      "mfu": peak and flops_per_token * tokens_per_s / (peak * world),
                      "max_vio": vio.mean().item() if len(vio) else 0.0,
