@@ -582,8 +582,7 @@ def train(given, on_log):
             weights = cast_weights(model, dtype) if casts_weights else {}
             with reused_weights():
                 losses, load = forward_backward(model, weights, batches, accumulation, autocast, doc_ids, lam)
-            stop = torch.tensor([float(bool(signals))], device=device)
-            losses = torch.cat([losses / (accumulation * world), stop])
+            losses = torch.cat([losses / (accumulation * world), losses.new_tensor([len(signals)])])
             if world > 1:       # the same sums on all ranks, so that all decide alike what follows
                 dist.all_reduce(losses)
                 dist.all_reduce(load)
@@ -603,7 +602,7 @@ def train(given, on_log):
             else:
                 state["skipped"], skipped_in_a_row = state["skipped"] + 1, skipped_in_a_row + 1
                 say(f"step {step + 1}/{cfg.max_iters} skipped: its loss or gradient is not finite")
-            raw_model.zero_grad(set_to_none=True)
+            raw_model.zero_grad()
             samples = size * world * accumulation
             state["step"], state["samples"] = step + 1, state["samples"] + samples
             if skipped_in_a_row == GIVE_UP_AFTER:
@@ -663,7 +662,7 @@ def train(given, on_log):
 def main(argv=None, on_log=None):
     """Train as the flags in argv say. on_log(entry, load) is called on rank 0 with each entry of log.jsonl, a
     dict that it may add to, and with the load of the experts in that step, (L, E)."""
-    given, (rank, world) = parse_args(argv), ranks()
+    given, rank = parse_args(argv), ranks()[0]
     if rank > 0:
         sys.stdout = open(os.devnull, "w")      # one speaks for all
     try:
