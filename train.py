@@ -271,14 +271,13 @@ def build_model(cfg, config, device, dtype, ckpt):
 def sharded(whole, device, dtype):
     """FSDP2: each rank keeps a share of every weight of rank 0's whole model. A block's weights are gathered
     when it computes, in the dtype of the computation, and then dropped; gradients are summed in fp32."""
-    from torch.distributed.device_mesh import init_device_mesh      # slow to import
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard        # slow to import
     configs = [whole.config]        # a release may lack its MTP modules, which only rank 0 has seen
     dist.broadcast_object_list(configs)
     with torch.device("meta"):
         model = DeepSeekV3(configs[0])
     model.source_files = whole.source_files
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
         for module in block.modules():
