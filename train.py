@@ -334,16 +334,13 @@ def caught_signals():
         if ranks()[1] == 1:
             signal.signal(number, signal.SIG_DFL)
 
-    before = {}
-    for name in "SIGINT", "SIGTERM", "SIGHUP":
-        number = getattr(signal, name, None)        # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, on_signal)
-    try:
+    with contextlib.ExitStack() as afterwards:
+        for name in "SIGINT", "SIGTERM", "SIGHUP":
+            number = getattr(signal, name, None)        # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                handler = signal.signal(number, on_signal)
+                afterwards.callback(signal.signal, number, handler)
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def cast_weights(model, dtype):
