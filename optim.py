@@ -124,17 +124,12 @@ class BF16AdamW(torch.optim.Optimizer):
                             *group["betas"], group["eps"], group["weight_decay"])
 
 
-def param_groups(model):
-    """Three groups: hidden matrices (what Muon takes), embedding and head, and norms, which do not decay."""
-    params, ends = list(model.parameters()), {model.model.embed_tokens.weight, model.lm_head.weight}
-    return [{"params": [p for p in params if p.dim() > 1 and p not in ends], "weight_decay": 0.1},
-            {"params": [p for p in params if p in ends], "weight_decay": 0.1},
-            {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}]
-
-
 def make_optimizers(model, kind="adamw", learning_rate=1e-3, bf16_moments=False):
     """-> list of optimizers: AdamW as in §4.2; of kind "muon", Muon for the hidden matrices before it."""
-    groups = param_groups(model)
+    params, ends = list(model.parameters()), {model.model.embed_tokens.weight, model.lm_head.weight}
+    groups = [{"params": [p for p in params if p.dim() > 1 and p not in ends], "weight_decay": 0.1},
+              {"params": [p for p in params if p in ends], "weight_decay": 0.1},
+              {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}]     # norms do not decay
     muon = [Muon([groups.pop(0)], learning_rate)] if kind == "muon" else []
     if bf16_moments:
         return [*muon, BF16AdamW(groups, learning_rate)]
