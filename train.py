@@ -127,7 +127,7 @@ def json_object(text):
 
 
 def parse_args(argv):
-    """-> dict of the flags that were given, without defaults but out_dir's."""
+    """-> dict of the flags that were given, and of out_dir in any case: a run may have been moved there."""
     kinds = {"q_lora_rank": int_or_none, "rope_scaling": json_object}
     parser = Parser(__doc__)
     group = parser.add_argument_group("the model's config (defaults: the preset's)")
@@ -137,8 +137,7 @@ def parse_args(argv):
             if f.type is bool:
                 kind = dict(action=argparse.BooleanOptionalAction)
             where.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f.metadata.get("help"), **kind)
-    parser.set_defaults(out_dir=TrainConfig.out_dir)    # for --resume too, wherever the run was before
-    return vars(parser.parse_args(argv))
+    return {"out_dir": TrainConfig.out_dir, **vars(parser.parse_args(argv))}
 
 
 def settings(given):
