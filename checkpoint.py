@@ -501,9 +501,8 @@ def load(cls, dir, dtype=None, device=None, **changes):
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight      # to_empty parts them
 
-    targets, copies = released_tensors(model)
-    names = [name for name in stored if name in targets and not name.endswith("_scale_inv")]
-    names.sort(key=copies.__contains__)     # what they are copies of comes first
+    targets, copies = released_tensors(model)       # what a tensor is a copy of comes before it
+    names = [name for name in targets if name in stored and not name.endswith("_scale_inv")]
     for name in progress(names, f"reading {dir}"):
         target, target_scale = targets[name], targets.get(name + "_scale_inv")
         tensor, scale = read_weight(stored, name, target_scale is not None, pow2)
