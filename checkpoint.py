@@ -569,21 +569,20 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
         with writing(dir):
             shutil.rmtree(new, ignore_errors=True)      # of a killed save
             new.mkdir(parents=True)
-            for file, text in texts.items():
-                (new / file).write_bytes(text.encode())
             for file, names in zip(files, progress(parts, f"writing {dir}")):
                 shard = {}
                 for name in names:
                     shard |= as_stored(name, tensors[name], fp8, name in copies)
                 safetensors.torch.save_file(shard, new / file, metadata={"format": "pt"})
-                shutil.copymode(new / "config.json", new / file)        # else only the owner may read it
                 index |= dict.fromkeys(shard, file)
                 total += sum(tensor.nbytes for tensor in shard.values())
             if count > 1:
-                files.append(INDEX)
                 content = {"metadata": {"total_size": total}, "weight_map": index}
-                (new / INDEX).write_text(json.dumps(content, indent=2))
+                texts[INDEX] = json.dumps(content, indent=2)
+            for file, text in texts.items():
+                (new / file).write_bytes(text.encode())
             for path in new.iterdir():
+                shutil.copymode(new / "config.json", path)      # safetensors lets only the owner read a file
                 with open(path, "rb+") as f:
                     os.fsync(f.fileno())        # not even a power cut costs the earlier checkpoint
         (dir / "config.json").unlink(missing_ok=True)       # without it, old and new files are no checkpoint
