@@ -58,10 +58,9 @@ class Tokens:
                 self.epoch, self.offset = epoch, rng.integers(spare + 1)
                 self.order = rng.permutation(self.windows)
             starts.append(self.offset + self.order[j] * self.T)
-        rows = np.stack([self.tokens[at:at + self.T + 1] for at in starts])
+        rows = np.stack([self.tokens[at:at + self.T + 1] for at in starts]).astype(np.int64)
         check_ids(self.path, rows.max(), self.vocab_size)   # on a GPU the model can't look without a stall
-        x = torch.from_numpy(rows[:, :-1].astype(np.int64))
-        y = torch.from_numpy(rows[:, 1:].astype(np.int64))
+        x, y = torch.tensor(rows[:, :-1]), torch.tensor(rows[:, 1:])
         if self.mask is not None:
             y[torch.from_numpy(np.stack([~self.mask[at + 1:at + self.T + 1] for at in starts]))] = -100
         return x, y
