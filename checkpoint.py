@@ -309,10 +309,9 @@ def read_config(dir):
         check_fixed(raw, FIXED)
         quantization = read_value("quantization_config", dict | None, raw.get("quantization_config"))
         check_fixed(quantization or {}, FP8_FORMAT)
-        raw = {"num_nextn_predict_layers": 0, "n_shared_experts": 1, **SAME_MODEL[kind], **raw,
-               **read_rope(raw)}
-        for key in "num_nextn_predict_layers", "n_shared_experts":
-            raw[key] = raw[key] or 0        # null: none
+        raw = {"num_nextn_predict_layers": 0, **SAME_MODEL[kind], **raw, **read_rope(raw)}
+        may_be_null = "num_nextn_predict_layers", "n_shared_experts"        # which means 0
+        raw |= {key: 0 for key in may_be_null if raw.get(key, 0) is None}
         if (kinds := raw.get("mlp_layer_types")) is not None:       # in place of first_k_dense_replace
             dense = raw["first_k_dense_replace"] = kinds.count("dense")
             if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
