@@ -558,17 +558,15 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
             parts, size = [*parts, []], 0
         parts[-1].append(name)
         size += tensor.nbytes
-    files, count = ["model.safetensors"], len(parts)
-    if count > 1:
-        files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     texts = config_and_side_files(model, encoding, fp8, ends)
 
-    new, index, total = dir / "saving.tmp", {}, 0
+    new, count, index, total = dir / "saving.tmp", len(parts), {}, 0
     try:
         with writing(dir):
             shutil.rmtree(new, ignore_errors=True)      # of a killed save
             new.mkdir(parents=True)
-            for file, names in zip(files, progress(parts, f"writing {dir}")):
+            for i, names in enumerate(progress(parts, f"writing {dir}"), 1):
+                file = f"model-{i:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
                 shard = {}
                 for name in names:
                     shard |= as_stored(name, tensors[name], fp8, name in copies)
@@ -587,8 +585,8 @@ def save(model, dir, encoding=None, fp8=False, shard_bytes=5 * 10**9, ends=None)
         (dir / "config.json").unlink(missing_ok=True)       # without it, old and new files are no checkpoint
         for path in old_files(dir, texts):
             path.unlink()
-        for file in [*files, *reversed(texts)]:             # config.json comes last
-            os.replace(new / file, dir / file)
+        for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):     # which comes last
+            os.replace(path, dir / path.name)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -604,8 +602,8 @@ def old_files(dir, texts):
 
 
 def config_and_side_files(model, encoding, fp8, ends):
-    """{file name: text} of config.json, which comes first, and of the tokenizer's files: those that the model
-    was loaded with, unless encoding is another tokenizer."""
+    """{file name: text} of config.json and of the tokenizer's files: those that the model was loaded with,
+    unless encoding is another tokenizer."""
     texts = {name: text for name, text in model.source_files.items()        # anything, from a hostile ckpt.pt
              if SIDE_FILES.fullmatch(str(name)) and isinstance(text, str)}
     if encoding is None or is_tokenizer_of(texts, encoding):
