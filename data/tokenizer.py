@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-ENDOFTEXT, DEEPSEEK_EOS, KIMI_EOS = "<|endoftext|>", "<｜end▁of▁sentence｜>", "[EOS]"
-KNOWN_EOS = (ENDOFTEXT, DEEPSEEK_EOS, KIMI_EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+ENDOFTEXT, DEEPSEEK_EOS = "<|endoftext|>", "<｜end▁of▁sentence｜>"
+KNOWN_EOS = (ENDOFTEXT, DEEPSEEK_EOS, "[EOS]", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 KNOWN_BOS = ("<｜begin▁of▁sentence｜>", "[BOS]")
 FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # as DeepSeek-V3's tokenizer names them
 BYTES = {bytes([b]): b for b in range(256)}
