@@ -116,13 +116,13 @@ def read_ends(name_or_path, enc):
     named = [said.get("bos_token"), said.get("eos_token")]
     bos, eos = [ids.get(token["content"] if isinstance(token, dict) else token) for token in named]
     bos = said.get("bos_token_id") if bos is None else bos
-    stops = said.get("eos_token_id", [] if eos is None else eos)
+    stops = said.get("eos_token_id", [])
     stops = sorted(stops if isinstance(stops, list) else [stops], key=lambda token: token != eos)
     for token in stops if bos is None else [*stops, bos]:
         if type(token) is not int or not 0 <= token < enc.n_vocab:
             raise ValueError(f"bos or eos token {repr(token)[:100]} is not one of the tokenizer's "
                              f"{enc.n_vocab} ids; correct config.json or generation_config.json")
-    if eos is not None and not {*stops} & {*ids.values()}:      # transformers' default id, of another token
+    if eos is not None and not {*stops} & {*ids.values()}:  # none, or transformers' default, another token's
         stops = [eos]
     if not stops:
         known = [ids[token] for token in KNOWN_BOS + KNOWN_EOS if token in ids]
