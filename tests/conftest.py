@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 # On tensors as small as these a second thread waits longer than it computes, seconds where another process
 # wants the core. The processes that tests start inherit this.
 os.environ["OMP_NUM_THREADS"] = "1"
+# a script's background jobs ignore Ctrl-C, which some tests send to themselves
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
