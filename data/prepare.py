@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import errno
 import fnmatch
 import http.client
 import json
@@ -234,7 +235,12 @@ def staging(out_dir):
             fcntl.flock(folder, fcntl.LOCK_EX)
             for left in out_dir.glob(".prepare-*"):
                 shutil.rmtree(left, ignore_errors=True)
-        yield Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir)))
+        try:
+            yield Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir)))
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise OSError(f"{out_dir} can't be written ({e.strerror}); make room, then start again") from None
 
 
 class Split:
