@@ -307,8 +307,7 @@ def read_config(dir):
             why = OTHER_MODELS.get(kind, "only models that compute the same as DeepSeek-V3 are")
             raise ValueError(f"model_type={reprlib.repr(kind)} is not supported: {why}")
         check_fixed(raw, FIXED)
-        quantization = read_value("quantization_config", dict | None, raw.get("quantization_config"))
-        check_fixed(quantization or {}, FP8_FORMAT)
+        check_fixed(section(raw, "quantization_config"), FP8_FORMAT)
         raw = {"num_nextn_predict_layers": 0, **SAME_MODEL[kind], **raw, **read_rope(raw)}
         may_be_null = "num_nextn_predict_layers", "n_shared_experts"        # which means 0
         raw |= {key: 0 for key in may_be_null if raw.get(key, 0) is None}
@@ -317,27 +316,24 @@ def read_config(dir):
             if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
                 raise ValueError(f"mlp_layer_types={reprlib.repr(kinds)} is not supported, only 'dense' for "
                                  "the first layers and 'sparse' for the rest")
-        return DeepSeekV3Config(**{f.name: read_value(f.name, f.type, raw[f.name])
-                                   for f in dataclasses.fields(DeepSeekV3Config) if f.name in raw})
+        return DeepSeekV3Config(**{f.name: raw[f.name] for f in dataclasses.fields(DeepSeekV3Config)
+                                   if f.name in raw})
 
 
 def read_rope(raw):
     """rope_theta and rope_scaling, or both in rope_parameters, which transformers 5 writes but reads last."""
-    scaling, parameters = (read_value(key, dict | None, raw.get(key))
-                           for key in ("rope_scaling", "rope_parameters"))
-    rope = {"rope_theta": raw.get("rope_theta", 10000), **(scaling or parameters or {})}
+    scaling, parameters = section(raw, "rope_scaling"), section(raw, "rope_parameters")
+    rope = {"rope_theta": raw.get("rope_theta", 10000), **(scaling or parameters)}
     if "original_max_position_embeddings" in raw:
         rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     check_fixed(rope, FIXED)
-    theta = read_value("rope_theta", float, rope.pop("rope_theta"))
-    for key in rope.keys() - FIXED.keys() - {"type", "rope_type"}:
-        read_value(f"{reprlib.repr(key)} of RoPE", int | float | None, rope[key])
-    fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
-    if theta <= 1 or not 0.001 < slow <= fast:
-        raise ValueError(f"RoPE needs rope_theta > 1 and 0.001 < beta_slow <= beta_fast, got {theta}, {slow} "
-                         f"and {fast}")
+    theta = rope.pop("rope_theta")
+    for key, value in rope.items():
+        if isinstance(value, dict):
+            raise ValueError(f"{reprlib.repr(key)} of RoPE is not supported: all layers must share one RoPE")
     plain = rope.get("rope_type", rope.get("type", "default")) == "default"
-    return {"rope_theta": theta, "rope_scaling": None if plain else rope}
+    scaling = {key: value for key, value in rope.items() if key not in FIXED}
+    return {"rope_theta": theta, "rope_scaling": None if plain else scaling}
 
 
 def check_fixed(section, fixed):
@@ -347,15 +343,11 @@ def check_fixed(section, fixed):
             raise ValueError(f"{key}={reprlib.repr(value)} is not supported, only {fixed[key]!r} is")
 
 
-def read_value(name, kind, value):
-    """A value of type `kind`, from a JSON file that may hold anything."""
-    allowed = int | float if kind is float else kind
-    if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
-        kind = getattr(kind, "__name__", kind)
-        raise ValueError(f"{name} must be of type {kind}, got {reprlib.repr(value)}")
-    if isinstance(value, int | float) and not 0 <= value < 2**31:       # false for NaN too
-        raise ValueError(f"{name} must be a number from 0 to 2^31, got {reprlib.repr(value)}")
-    return float(value) if kind is float else value
+def section(raw, name):
+    """A section of a JSON file that may hold anything; {} where it is null or absent."""
+    if not isinstance(value := raw.get(name), dict | None):
+        raise ValueError(f"{name} must be of type dict, got {reprlib.repr(value)}")
+    return value or {}
 
 
 # --------------------------------------------------------------------------------------------------- loading

@@ -77,10 +77,14 @@ class DeepSeekV3Config:
     def __post_init__(self):
         may_be_zero = "num_nextn_predict_layers", "n_shared_experts", "first_k_dense_replace"
         for field in dataclasses.fields(self):
-            value, is_size = getattr(self, field.name), field.type in (int, int | None)
-            least = 1 if (is_size or field.name == "rope_theta") and field.name not in may_be_zero else 0
-            if value is not None and (is_size or field.type is float) and not least <= value < math.inf:
-                raise ValueError(f"{field.name} must be a number of at least {least}, got {value}")
+            name, value, kind = field.name, getattr(self, field.name), field.type
+            allowed = int | float if kind is float else kind
+            if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+                kind = getattr(kind, "__name__", kind)
+                raise ValueError(f"{name} must be of type {kind}, got {repr(value)[:100]}")
+            least = 1 if kind in (int, int | None) and name not in may_be_zero else 0
+            if isinstance(value, int | float) and not least <= value < 2**31:       # false for NaN too
+                raise ValueError(f"{name} must be a number from {least} to 2^31, got {value}")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even for RoPE's pairs, got {self.qk_rope_head_dim}")
         if self.n_routed_experts % self.n_group:
@@ -93,11 +97,24 @@ class DeepSeekV3Config:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} is more than the {reachable} "
                              f"experts in the topk_group={self.topk_group} groups of a token; lower it, or "
                              "keep more groups")
-        rope = self.rope_scaling
-        if rope is not None and (kind := rope.get("rope_type", rope.get("type"))) != "yarn":
-            raise ValueError(f"rope_scaling must be of type 'yarn', got {str(kind)[:100]!r}")
-        if rope is not None and not (rope.get("factor") or 0) >= 1:
-            raise ValueError(f"rope_scaling needs a 'factor' of at least 1 for YaRN, got {str(rope)[:200]}")
+        self.check_rope(self.rope_scaling or {"type": "yarn", "factor": 1})
+
+    def check_rope(self, yarn):
+        if (kind := yarn.get("rope_type", yarn.get("type"))) != "yarn":
+            raise ValueError(f"rope_scaling must be of type 'yarn', got {repr(kind)[:100]}")
+        for key in yarn.keys() - {"type", "rope_type"}:
+            value = yarn[key]
+            if value is not None and (type(value) not in (int, float) or not 0 <= value < 2**31):
+                raise ValueError(f"{repr(key)[:100]} of rope_scaling must be a number from 0 to 2^31, got "
+                                 f"{repr(value)[:100]}")
+        if not (yarn.get("factor") or 0) >= 1:
+            raise ValueError(f"rope_scaling needs a 'factor' of at least 1 for YaRN, got {repr(yarn)[:200]}")
+        fast, slow = yarn.get("beta_fast") or 32, yarn.get("beta_slow") or 1
+        if self.rope_theta <= 1 or not 0.001 < slow <= fast:
+            raise ValueError("RoPE needs rope_theta > 1 and 0.001 < beta_slow <= beta_fast, got "
+                             f"{self.rope_theta}, {slow} and {fast}")
+        if "rope_theta" in yarn:
+            raise ValueError("rope_theta is a field of its own: take it out of rope_scaling")
 
     @classmethod
     def preset(cls, name):
