@@ -56,6 +56,12 @@ def orthogonalize(x):
     return x.mT if tall else x
 
 
+@torch.enable_grad()
+def loss_of(closure):
+    """What `step` returns in PyTorch's optimizers: they take a function that computes loss and gradients."""
+    return None if closure is None else closure()
+
+
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon (adjust_lr_fn="match_rms_adamw") that also takes stacks of matrices (E, m, n): every
     expert's matrix is orthogonalized by itself, all of a stack in one batch. The update has the size of
@@ -65,7 +71,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        loss = loss_of(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -78,6 +85,7 @@ class Muon(torch.optim.Optimizer):
                 size = 0.2 * max(p.shape[-2:]) ** 0.5
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * size)
+        return loss
 
 
 def bf16_adamw(p, grad, m, v, step, lr, beta1, beta2, eps, weight_decay):
@@ -107,7 +115,8 @@ class BF16AdamW(torch.optim.Optimizer):
                 state[key] = state[key].bfloat16()
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        loss = loss_of(closure)
         for group in self.param_groups:
             lr = torch.tensor(group["lr"])      # a tensor: torch.compile compiles again for a new number
             for p in group["params"]:
@@ -122,6 +131,7 @@ class BF16AdamW(torch.optim.Optimizer):
                 # detached, as torch.compile gives Parameters static shapes and so compiles for each
                 self.update(p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], lr,
                             *group["betas"], group["eps"], group["weight_decay"])
+        return loss
 
 
 def make_optimizers(model, kind="adamw", learning_rate=1e-3, bf16_moments=False):

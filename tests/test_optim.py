@@ -60,6 +60,20 @@ def test_bf16_moments_follow_adamw_and_are_half_the_size():
     assert {t.dtype for k, t in bf16.state[mine].items() if k != "step"} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("optimizer", [Muon, BF16AdamW])
+def test_step_takes_a_closure_as_torch_s_optimizers_do(optimizer):
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    stepper = optimizer([weight], lr=0.1)
+
+    def closure():
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert stepper.step(closure) == 16 and weight.max() < 1
+    assert stepper.step() is None
+
+
 def test_a_compiled_update_is_traced_once_for_all_sizes_steps_and_rates():
     graphs = []
 
