@@ -628,8 +628,9 @@ class FP8Linear(nn.Linear):
     def forward(self, x):
         """x: (..., in_features) bf16 or fp32; returns (..., out_features) in autocast's dtype or x's."""
         scale = getattr(self, "weight_scale_inv", None)     # see hold_in_fp8
-        y = Linear.apply(x.flatten(0, -2), self.weight, scale, self.pow2_x, self.pow2, compute_dtype(x))
-        y = y.unflatten(0, x.shape[:-1])
+        rows = x.reshape(-1, self.in_features)                                              # (M, K)
+        y = Linear.apply(rows, self.weight, scale, self.pow2_x, self.pow2, compute_dtype(x))
+        y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
 

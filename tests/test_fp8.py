@@ -396,6 +396,7 @@ def test_linear_keeps_dtype_bias_and_device_rules():
         assert FP8Linear(64, 32, bias=False)(x.float()).dtype == torch.bfloat16
     want = torch.nn.functional.linear(x.float(), linear.weight, linear.bias)
     assert relative_error(linear(x.float()), want) < 0.05
+    torch.testing.assert_close(linear(x[0, 0].float()), linear(x.float())[0, 0])
     linear.bias.data += 100
     assert linear(x.float()).mean() > 90
 
