@@ -154,6 +154,7 @@ def settings(given):
         with fitting(ckpt["path"]):
             base = dataclasses.asdict(TrainConfig(**ckpt["train_config"]))
         for key, value in given.items():
+            value = str(released_folder(value)) if key == "init_from" else value
             saved = getattr(config, key) if key in model_flags else base[key]
             if (key in model_flags or key in FIXED_ON_RESUME) and value != saved:
                 raise ValueError(f"--{key} {value} contradicts {ckpt['path']}, trained with {key}={saved}; "

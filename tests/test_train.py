@@ -688,7 +688,8 @@ def test_a_run_is_fine_tuned_at_its_own_length_after_an_evaluation_at_step_0(dat
     assert entries[0]["iter"] == 0 and entries[0]["val_loss"] == log(tmp_path / "a")[-1]["val_loss"]
     with pytest.raises(SystemExit, match="--hidden_size can't be given"):
         train.main([str(flag) for flag in [*flags, "--out_dir", tmp_path / "c", "--hidden_size", 8]])
-    ok(data_dir, tmp_path / "b", "--resume", "--max_iters", 2, "--batch_size", 4)
+    same_folder = f"{tmp_path}/./a/"
+    ok(data_dir, tmp_path / "b", "--resume", "--max_iters", 2, "--batch_size", 4, "--init_from", same_folder)
     assert [entry["iter"] for entry in log(tmp_path / "b")] == [0, 1, 2]
 
 
