@@ -485,10 +485,10 @@ def grouped_linear(x, weight, ends):
     x, weight = (t.to(compute_dtype(x)) for t in (x, weight))       # grouped_mm isn't on autocast's list
     if ends is None:
         return torch.bmm(x.view(weight.size(0), -1, x.size(1)), weight.mT).flatten(0, 1)
-    if all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
+    if x.element_size() < 8 and all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
         traceable = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
         return (F.grouped_mm if traceable else untraced_grouped_mm)(x, weight.transpose(1, 2), offs=ends)
-    # grouped_mm wants rows of a multiple of 16 bytes; other sizes go expert by expert
+    # grouped_mm wants rows of a multiple of 16 bytes and no float64: the rest goes expert by expert
     *parts, rest = x.tensor_split(ends.tolist())
     y = [F.linear(x_e, w_e) for x_e, w_e in zip(parts, weight)]
     return torch.cat([*y, rest.new_zeros(rest.size(0), weight.size(1))])
@@ -729,9 +729,9 @@ class DeepSeekV3(nn.Module):
         alpha*balance in train mode, main in eval mode; and aux, a dict of detached main, mtp (mean over
         depths), balance (sum over MoE layers) and load (L, E) int64, the tokens of each expert in each MoE
         layer of the main model, then in each MTP module. Without targets the loss is None and aux is empty.
-        ValueError for a token id out of range or T > max_position_embeddings.
+        ValueError for a token id out of range, T > max_position_embeddings, or idx that is no such tensor.
         """
-        self.check_tokens(idx, idx.size(1))
+        self.check_tokens(idx)
         T, L, depth = idx.size(1), self.config.num_hidden_layers, self.config.num_nextn_predict_layers
         # (B, 1, T, T): the query's own document
         mask = None if doc_ids is None else doc_ids[:, None, :, None] == doc_ids[:, None, None, :]
@@ -742,7 +742,7 @@ class DeepSeekV3(nn.Module):
         n = (targets != -100).sum().clamp(min=1)            # T of Eq. 24, also for MTP
         main = (self.head_loss(h, targets) if logits is None else cross_entropy(logits, targets)) / n
 
-        mtp = main.new_zeros(())
+        mtp = 0.0       # no tensor: torch.compile may drop its addition, and main.detach() be the loss
         cos, sin = rope_cos_sin(self.config, 0, T, idx.device)
         for k in range(1, min(depth, T - 1) + 1):       # h starts as h^0, the main model's output
             layer = self.model.layers[L + k - 1]
@@ -756,7 +756,7 @@ class DeepSeekV3(nn.Module):
             mtp = mtp + self.head_loss(layer.shared_head.norm(h), labels) / n / depth       # Eq. 23-25
 
         K, E = self.config.num_experts_per_tok, self.config.n_routed_experts
-        balance = main.new_zeros(()) + sum(balance_loss(scores, K) for _, scores in stats)
+        balance = sum(balance_loss(scores, K) for _, scores in stats)
         loads = [load for load, _ in stats]
         loads += [idx.new_zeros(E)] * (depth - max(T - 1, 0))       # MTP modules beyond the sequence
         load = torch.stack(loads) if loads else idx.new_zeros(0, E)
@@ -764,6 +764,7 @@ class DeepSeekV3(nn.Module):
         if self.training:
             weight = self.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
             loss = main + weight * mtp + self.config.balance_loss_alpha * balance
+        mtp, balance = (main.new_zeros(()) + part for part in (mtp, balance))
         aux = {"main": main.detach(), "mtp": mtp.detach(), "balance": balance.detach(), "load": load}
         return logits, loss, aux
 
@@ -779,14 +780,21 @@ class DeepSeekV3(nn.Module):
                 stats.append(layer_stats)
         return self.model.norm(x), stats
 
-    def check_tokens(self, idx, length):
-        """length: of the final sequence, new tokens included."""
-        if length > self.config.max_position_embeddings:
+    def check_tokens(self, idx, others=0):
+        """others: how many tokens the sequence has before and after these."""
+        if not isinstance(idx, torch.Tensor) or idx.dtype != torch.int64 or idx.dim() != 2:
+            got = f"{idx.dtype} {tuple(idx.shape)}" if isinstance(idx, torch.Tensor) else type(idx).__name__
+            raise ValueError(f"tokens must be an int64 tensor (B, T), got {got}; for lists of different "
+                             "lengths: for p in prompts: model.generate(torch.tensor([p]), max_new_tokens)")
+        if idx.numel() == 0:
+            raise ValueError(f"the batch or prompt is empty, with the shape {tuple(idx.shape)}: give at least "
+                             "one token, such as the document separator")
+        if (length := idx.size(1) + others) > self.config.max_position_embeddings:
             raise ValueError(f"a sequence of {length} tokens is longer than max_position_embeddings="
                              f"{self.config.max_position_embeddings}; shorten it, or extend the context with "
                              "YaRN (rope_scaling) and raise max_position_embeddings")
         # on a GPU this check would wait for the device: the data's loader has to look there
-        if idx.device.type == "cpu" and not torch.compiler.is_compiling() and idx.numel():
+        if idx.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = idx.aminmax()
             if low < 0 or high >= self.config.vocab_size:
                 bad = int(low if low < 0 else high)
@@ -847,9 +855,10 @@ class DeepSeekV3(nn.Module):
     def from_pretrained(cls, dir, dtype=None, device=None, **changes):
         """A model in eval mode from a folder in the released format, or from its id on the Hugging Face Hub.
 
-        dtype: of the weights; default as stored, bfloat16 for FP8, which is dequantised. torch.float8_e4m3fn:
-        linear layers hold and compute in FP8 (fp8.py), the rest in bfloat16. changes: fields of the config to
-        override. MTP modules that the files lack are left out. Peak memory: the model and one tensor.
+        dtype: of all weights; default: the embedding's in the files (FP8 becomes bfloat16).
+        torch.float8_e4m3fn: linear layers hold and compute in FP8 (fp8.py), the rest in bfloat16. changes:
+        fields of the config to override. MTP modules that the files lack are left out. Peak memory: the model
+        and one tensor.
         ValueError for damaged files and for tensors other than the config asks for.
         """
         import checkpoint
@@ -887,9 +896,10 @@ class DeepSeekV3(nn.Module):
 
     @torch.inference_mode()
     def prefill(self, idx, cache, pos=0):
-        """h^0 (B, T, D) of T tokens from pos on, in chunks, which bound the memory of a long prompt."""
+        """h^0 (B, T, D) of T tokens from pos on, in chunks, which bound the memory of a long prompt. It is an
+        inference tensor: autograd does not take it."""
+        self.check_tokens(idx, pos)
         end = pos + idx.size(1)
-        self.check_tokens(idx, end)
         if end > cache[0].size(1):
             raise ValueError(f"the cache holds {cache[0].size(1)} positions, {end} are needed; make it with "
                              f"new_cache(batch_size, {end})")
@@ -897,15 +907,9 @@ class DeepSeekV3(nn.Module):
                           for i in range(0, idx.size(1), PREFILL_CHUNK)], 1)
 
     def check_prompt(self, idx, max_new_tokens):
-        if not isinstance(idx, torch.Tensor) or idx.dtype != torch.int64 or idx.dim() != 2:
-            got = f"{idx.dtype} {tuple(idx.shape)}" if isinstance(idx, torch.Tensor) else type(idx).__name__
-            raise ValueError(f"prompts must be an int64 tensor (B, T), got {got}; for lists of different "
-                             "lengths: for p in prompts: model.generate(torch.tensor([p]), max_new_tokens)")
-        if idx.numel() == 0:
-            raise ValueError("the prompt is empty: give at least one token, such as the document separator")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-        self.check_tokens(idx, idx.size(1) + max_new_tokens)
+        self.check_tokens(idx, max_new_tokens)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), generator=None):

@@ -324,7 +324,7 @@ def run(args):
     if new > room:
         raise ValueError(f"the prompt's {T} tokens leave room for {max(room, 0)} in the model's context of "
                          f"{context}; shorten the prompt, or lower --max_new_tokens")
-    model.check_tokens(idx, 0)
+    model.check_tokens(idx[:, -context:])
     if args.compile:
         print("compiling the decoding step, which takes a minute the first time", file=sys.stderr)
         compile_steps(model)

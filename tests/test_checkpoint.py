@@ -256,7 +256,10 @@ def test_changes_override_the_config(tmp_path, make_model):
 def test_float64_survives_a_round_trip(tmp_path, make_model):
     model = make_model().double()
     model.save_pretrained(tmp_path)
-    equal(DeepSeekV3.from_pretrained(tmp_path), model)
+    loaded = DeepSeekV3.from_pretrained(tmp_path)
+    equal(loaded, model)
+    idx = torch.randint(61, (2, 20))
+    torch.testing.assert_close(loaded(idx)[0], model.float()(idx)[0].double(), rtol=0, atol=1e-5)
 
 
 def test_empty_tensors_are_ignored(tmp_path, make_model):

@@ -214,6 +214,15 @@ def test_an_impossible_model_is_refused(make_config, changes, words):
         make_config(**changes)
 
 
+def test_tokens_must_be_a_batch_of_ids(make_model):
+    for idx in torch.ones(5, dtype=torch.int64), torch.ones(1, 5, dtype=torch.int32), [[1, 2]]:
+        with pytest.raises(ValueError, match=r"must be an int64 tensor \(B, T\)"):
+            make_model()(idx)
+    for shape in (2, 0), (0, 5):
+        with pytest.raises(ValueError, match="is empty"):
+            make_model()(torch.ones(shape, dtype=torch.int64))
+
+
 def test_unknown_preset_names_the_known():
     with pytest.raises(ValueError, match="'huge'.*tiny, mini, small, large, 16b, 671b"):
         DeepSeekV3Config.preset("huge")

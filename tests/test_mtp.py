@@ -1,6 +1,8 @@
 """Multi-token prediction, and the loss as a whole."""
 
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -48,6 +50,17 @@ def test_labels_against_a_hand_written_alignment(make_model, depth):
     assert loss.item() == pytest.approx((main + 0.3 * aux["mtp"] + 1e-4 * aux["balance"]).item(), rel=1e-6)
     assert model(idx, targets, mtp_loss_weight=0.1)[1].item() == \
         pytest.approx((main + 0.1 * aux["mtp"] + 1e-4 * aux["balance"]).item(), rel=1e-6)
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")),
+                    reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_dense_model_without_mtp_trains(make_model):
+    """Its loss is the main one: the compiler must not take it for aux["main"], which is detached."""
+    model = make_model(num_hidden_layers=1, num_nextn_predict_layers=0).train()
+    tokens = torch.randint(0, 61, (2, 11))
+    _, loss, aux = torch.compile(model)(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    assert model.lm_head.weight.grad.any() and aux["main"] == loss and aux["mtp"] == aux["balance"] == 0
 
 
 def test_which_half_of_eh_proj_is_the_embedding(make_model):
