@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import math
 import os
 import re
 import reprlib
@@ -69,24 +70,25 @@ FORMAT = 2      # of ckpt.pt
 def sole_process(out_dir):
     """Holds OUT/lock, so that two processes never mix their files in one folder. The kernel releases the lock
     however the process ends: a leftover file means nothing. ValueError if another process holds it."""
-    new = not out_dir.exists()
+    new = not os.path.lexists(out_dir)
     if not new and not out_dir.is_dir():
         raise ValueError(f"--out_dir {out_dir} is a file; give a folder")
     out_dir.mkdir(parents=True, exist_ok=True)
     with open(out_dir / "lock", "w") as f:
-        try:
-            with contextlib.suppress(ImportError):      # not a Unix: nothing keeps a second process out
-                import fcntl
+        with contextlib.suppress(ImportError, OSError):     # Windows and some network drives have no locks
+            import fcntl
+            try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is training in {out_dir}; let it end, or choose another "
-                             "--out_dir") from None
+            except BlockingIOError:
+                raise ValueError(f"another process is training in {out_dir}; let it end, or choose another "
+                                 "--out_dir") from None
         try:
             yield
         finally:
-            if new and os.listdir(out_dir) == ["lock"]:     # nothing came of it
-                (out_dir / "lock").unlink()
-                out_dir.rmdir()
+            with contextlib.suppress(OSError):      # somebody moved the folder
+                if new and os.listdir(out_dir) == ["lock"]:     # nothing came of it
+                    (out_dir / "lock").unlink()
+                    out_dir.rmdir()
 
 
 @contextlib.contextmanager
@@ -146,6 +148,14 @@ def keep_best(path):
     """A copy of a checkpoint as best.pt."""
     with open(path, "rb") as f:
         write_atomically(path.with_name("best.pt"), partial(shutil.copyfileobj, f), check_zip)
+
+
+def best_of(out_dir):
+    """state["best"] of a run's best.pt, as good as nothing where that is missing or damaged."""
+    try:
+        return load_run(out_dir / "best.pt")["state"]["best"]
+    except ValueError:
+        return {"val_loss": math.inf, "iter": 0}
 
 
 def whole(state):

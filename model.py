@@ -97,7 +97,8 @@ class DeepSeekV3Config:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} is more than the {reachable} "
                              f"experts in the topk_group={self.topk_group} groups of a token; lower it, or "
                              "keep more groups")
-        self.check_rope(self.rope_scaling or {"type": "yarn", "factor": 1})
+        no_scaling = {"type": "yarn", "factor": 1}
+        self.check_rope(no_scaling if self.rope_scaling is None else self.rope_scaling)
 
     def check_rope(self, yarn):
         if (kind := yarn.get("rope_type", yarn.get("type"))) != "yarn":

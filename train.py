@@ -25,6 +25,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,9 +36,9 @@ import torch.distributed as dist
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (FORMAT, fitting, has_bf16, keep_best, load_optimizer, load_run, load_shards,
-                        model_of_run, pick_device, read_config, released_folder, replaced_classes, save_run,
-                        sole_process, write_atomically, writing)
+from checkpoint import (FORMAT, best_of, fitting, has_bf16, keep_best, load_optimizer, load_run,
+                        load_shards, model_of_run, pick_device, read_config, released_folder,
+                        replaced_classes, save_run, sole_process, write_atomically, writing)
 from data.loader import Validation, open_data
 from data.prepare import Parser
 from data.tokenizer import encoding_from_json, ends_of_data, get_tokenizer, same_ids, token_bytes
@@ -113,7 +114,7 @@ GIVE_UP_AFTER = 10      # steps in a row whose loss or gradient is not finite
 
 def ranks():
     """-> the number of this process and how many there are, as torchrun tells them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "RANK" in os.environ else (0, 1)
 
 
 def int_or_none(text):
@@ -197,10 +198,13 @@ def check(cfg, config, ckpt):
     per_step, longest = world * cfg.batch_size * accumulation, config.max_position_embeddings
     resumed = ckpt["sequences_per_step"] if cfg.resume else per_step
     for wrong, sentence in [
-        *((getattr(cfg, name) < 1, f"--{name} must be at least 1, got {getattr(cfg, name)}")
+        *((not 1 <= getattr(cfg, name) < 2**31,
+           f"--{name} must be at least 1 and below 2^31, got {getattr(cfg, name)}")
           for name in ("max_iters", "batch_size", "block_size", "gradient_accumulation_steps",
                        "eval_interval", "log_interval")),
-        (not 0 < cfg.learning_rate < math.inf, f"--learning_rate must be over 0, got {cfg.learning_rate}"),
+        (not 0 < cfg.learning_rate <= 1e6,
+         f"--learning_rate must be over 0 and at most 1e6, got {cfg.learning_rate}"),
+        (not cfg.out_dir, "--out_dir is empty; give a folder"),
         (not 0 <= cfg.seed < 2**63, f"--seed must be from 0 to 2^63 - 1, got {cfg.seed}"),
         (not 0 <= cfg.ema_decay < 1, f"--ema_decay must be from 0 to less than 1, got {cfg.ema_decay}"),
         (cfg.batch_ramp and cfg.batch_size < 5,
@@ -425,7 +429,7 @@ def cut_log(path, step):
     """Keep the lines of log.jsonl up to a step: those after the checkpoint come again. Damaged lines go."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, LookupError, TypeError):
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             if json.loads(line)["iter"] <= step:
                 lines.append(line + "\n")
     write_atomically(path, lambda f: f.write("".join(lines).encode()))
@@ -482,7 +486,8 @@ def train(given, on_log):
     with torch.device("meta"):
         replaced = replaced_classes(DeepSeekV3(config))
     validation = Validation(Path(cfg.data_dir, "val.bin"), meta, encoding, cfg.batch_size, cfg.block_size)
-    if rank == 0 and cfg.resume and ckpt["path"] != str(out_dir / "ckpt.pt"):
+    fell_back = rank == 0 and cfg.resume and ckpt["path"] != str(out_dir / "ckpt.pt")
+    if fell_back:
         if (out_dir / "ckpt.pt").exists():
             os.replace(out_dir / "ckpt.pt", out_dir / "ckpt.damaged.pt")
         os.replace(ckpt["path"], out_dir / "ckpt.pt")
@@ -531,9 +536,16 @@ def train(given, on_log):
            "sequences_per_step": sequences_per_step}
     log_file = out_dir / "log.jsonl"
     if rank == 0:
-        cut_log(log_file, state["step"] if cfg.resume else -1)
-        if state["best"]["iter"] == state["step"] > 0:      # a kill may have come between ckpt.pt and best.pt
-            keep_best(out_dir / "ckpt.pt")
+        if not cfg.resume and log_file.exists():    # of a run that saved nothing, or was moved away
+            os.replace(log_file, out_dir / "log.prev.jsonl")
+        cut_log(log_file, state["step"])
+        is_best = state["best"]["iter"] == state["step"] > 0
+        if fell_back or is_best:
+            kept = best_of(out_dir)
+            if kept["val_loss"] < state["best"]["val_loss"]:    # of a later checkpoint, which was lost
+                state["best"] = kept
+            elif is_best and kept != state["best"]:             # a kill came between ckpt.pt and best.pt
+                keep_best(out_dir / "ckpt.pt")
 
     # The order of the data, and what a step may look at
     sizes = batch_sizes(cfg.batch_size, cfg.max_iters, cfg.batch_ramp)
@@ -606,7 +618,8 @@ def train(given, on_log):
                 raise ValueError(
                     f"loss or gradient were not finite {GIVE_UP_AFTER} times in a row, up to step {step + 1} "
                     f"(samples {state['samples'] - samples} to {state['samples'] - 1}); {out_dir}/ckpt.pt "
-                    "holds the last good weights: look at the data, or --resume with a lower --learning_rate")
+                    "holds the last finite weights: look at the data, or --resume with a lower "
+                    "--learning_rate; if these weights are ruined, copy best.pt to ckpt.pt first")
 
             # Logging
             evaluate = state["step"] % cfg.eval_interval == 0 or state["step"] == cfg.max_iters
@@ -637,7 +650,10 @@ def train(given, on_log):
             entry["elapsed_s"] = time.monotonic() - START
             if rank == 0:
                 if on_log:
-                    on_log(entry, load)
+                    try:
+                        on_log(entry, load)
+                    except Exception as e:      # main would take a ValueError for a fault of the flags
+                        raise RuntimeError("on_log failed") from e
                 write_log(log_file, entry)
             if evaluate:        # saved before it is printed
                 save_run(out_dir, run, raw_model, optimizers, ema)
@@ -648,11 +664,13 @@ def train(given, on_log):
 
         if state["step"] < cfg.max_iters:
             save_run(out_dir, run, raw_model, optimizers, ema)
+            command = f"torchrun --nproc_per_node {world}" if world > 1 else "python"
             say(f"interrupted at step {state['step']}; saved {out_dir / 'ckpt.pt'}. Continue with: "
-                f"python train.py --resume --out_dir {out_dir}")
+                f"{command} train.py --resume{' --fsdp' * cfg.fsdp} --out_dir {shlex.quote(cfg.out_dir)}")
             sys.exit(130)
-        say(f"done. Sample with: python sample.py --ckpt {out_dir}; draw the run's curves with: python "
-            f"tests/bench/plot_log.py {out_dir}")
+        where = shlex.quote(cfg.out_dir)
+        say(f"done. Sample with: python sample.py --ckpt {where}; draw the run's curves with: python "
+            f"tests/bench/plot_log.py {where}")
 
 
 def main(argv=None, on_log=None):
@@ -686,5 +704,6 @@ if __name__ == "__main__":
     if "RANK" in os.environ:
         # FSDP's caches keep gloo's threads alive, and one that drops a tensor while Python shuts down aborts
         # the process (torch 2.13). The checkpoint is written, so leave without the shutdown
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
         os._exit(0)

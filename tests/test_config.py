@@ -203,6 +203,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, text):
     (dict(rms_norm_eps="1e-6"), "rms_norm_eps must be of type float"),
     (dict(rope_theta=1.0), "rope_theta > 1 and .* got 1.0, 1 and 32"),
     (dict(rope_scaling="yarn"), "rope_scaling must be of type dict"),
+    (dict(rope_scaling={}), "must be of type 'yarn', got None"),
     (dict(rope_scaling={"type": "yarn", "factor": "4"}), "'factor' of rope_scaling must be a number .* got '4'"),
     (dict(rope_scaling={"type": "yarn", "factor": 4, "beta_fast": "x"}), "'beta_fast' of rope_scaling"),
     (dict(rope_scaling={"type": "yarn", "factor": 4, "beta_fast": 1, "beta_slow": 32}), "0.001 < beta_slow"),

@@ -21,7 +21,7 @@ import checkpoint
 import sample
 import train
 from data.prepare import prepare
-from test_train import SHAPE, assert_equal_runs, command, interrupt, log, ok
+from test_train import SHAPE, assert_equal_runs, command, interrupt, log, ok, step_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -177,6 +177,16 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(data_dir, run_dir, co
     # the damaged one did not displace it, and is kept
     assert checkpoint.load_run(copy / "ckpt.prev.pt")["state"]["step"] == 2
     assert (copy / "ckpt.damaged.pt").exists() == (damage.__code__.co_names[-1] != "unlink")
+
+
+def test_falling_back_leaves_a_better_best_pt(data_dir, copy):
+    best = checkpoint.load_run(copy / "best.pt")
+    assert best["state"]["step"] == 4
+    (copy / "ckpt.pt").unlink()
+    ok(data_dir, copy, "--resume", "--max_iters", 2)        # nothing left to do
+    assert step_of(copy) == 2
+    ok(data_dir, copy, "--resume", "--max_iters", 3, "--learning_rate", 1e-9)       # a worse one
+    assert step_of(copy) == 3 and step_of(copy / "best.pt") == 4
 
 
 def test_both_damaged_is_one_sentence(copy):

@@ -145,7 +145,7 @@ def test_resuming_keeps_the_global_batch(data_dir, tmp_path, torchrun):
 def test_what_is_wrong_is_said_in_one_sentence(data_dir, tmp_path, torchrun):
     lost = "train.py: rank 1 lost its connection to another rank; see that rank's error\n"
     _, err = torchrun(2, tmp_path / "out", "--max_iters", 0)[1](1)
-    assert err == ["train.py: --max_iters must be at least 1, got 0\n", lost]
+    assert err == ["train.py: --max_iters must be at least 1 and below 2^31, got 0\n", lost]
     assert not (tmp_path / "out").exists()
     full = ("import checkpoint\n"
             "checkpoint.write_atomically = lambda *a: (_ for _ in ()).throw(OSError('the disk is full'))")

@@ -640,6 +640,9 @@ def test_on_log_gets_each_entry_and_the_load_and_may_add_to_it(data_dir, tmp_pat
     assert log(tmp_path)[0]["tokens"] == loads[0].sum(1).tolist() == [256, 248] and loads[0].shape == (2, 4)
     assert log(tmp_path)[0]["mean"] == (256 + 248) / 8
     assert log(tmp_path)[0]["bad"] is None and log(tmp_path)[0]["path"] == str(tmp_path)
+    with pytest.raises(RuntimeError, match="on_log failed") as e:       # with the traceback, as it's their code
+        train.main(command(data_dir, tmp_path / "b", "--max_iters", 2)[2:], on_log=lambda *_: math.sqrt(-1))
+    assert isinstance(e.value.__cause__, ValueError)
 
 
 def test_a_run_with_a_replaced_class_needs_it_to_go_on(data_dir, tmp_path, monkeypatch):
@@ -670,11 +673,12 @@ def test_replacements_in_disguise_are_recorded(make_model, monkeypatch, name, re
     assert said in replaced_classes(make_model())
 
 
-def test_a_new_run_keeps_no_line_of_a_log_that_a_killed_one_left(data_dir, tmp_path):
+def test_a_new_run_sets_the_log_of_a_killed_one_aside(data_dir, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/log.jsonl").write_text('{"iter": 0, "val_loss": 1.0}\n')
     ok(data_dir, tmp_path / "out", "--max_iters", 1)
     assert [entry["iter"] for entry in log(tmp_path / "out")] == [1]
+    assert "1.0" in (tmp_path / "out/log.prev.jsonl").read_text()
 
 
 def test_a_run_is_fine_tuned_at_its_own_length_after_an_evaluation_at_step_0(data_dir, tmp_path):
