@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from data.prepare import progress
-from data.tokenizer import blame, get_tokenizer, read_json, same_ids, tokenizer_files
+from data.tokenizer import blame, get_tokenizer, read_ends, read_json, same_ids, tokenizer_files
 from model import DeepSeekV3, DeepSeekV3Config
 
 # ----------------------------------------------------------------------------------------------------------
@@ -605,13 +605,14 @@ def old_files(dir, texts):
 
 def config_and_side_files(model, encoding, fp8, ends):
     """{file name: text} of config.json and of the tokenizer's files: those that the model was loaded with,
-    unless encoding is another tokenizer."""
+    unless encoding is another tokenizer or the texts end in another token."""
+    ends = ends or getattr(model, "ends", None)     # sample.load sets it to those of a run's data
     texts = {name: text for name, text in model.source_files.items()        # anything, from a hostile ckpt.pt
              if SIDE_FILES.fullmatch(str(name)) and isinstance(text, str)}
-    if encoding is None or is_tokenizer_of(texts, encoding):
+    if encoding is None or is_tokenizer_of(texts, encoding, ends):
         source = json.loads(texts.pop("config.json", "{}"))
-    else:       # sample.load sets model.ends to those of a run's data
-        files = tokenizer_files(encoding, ends or getattr(model, "ends", None))
+    else:
+        files = tokenizer_files(encoding, ends)
         source = {key: files["tokenizer_config.json"].pop(key) for key in ("bos_token_id", "eos_token_id")}
         texts = {name: json.dumps(content, indent=2) for name, content in files.items()}
     ids = {key: source.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -624,12 +625,13 @@ def config_and_side_files(model, encoding, fp8, ends):
     return {"config.json": json.dumps(config, indent=2), **texts}
 
 
-def is_tokenizer_of(texts, encoding):
-    """Whether tokenizer files give the ids of a tiktoken.Encoding."""
+def is_tokenizer_of(texts, encoding, ends):
+    """Whether tokenizer files give the ids of a tiktoken.Encoding, and end texts where Ends does, if given."""
     with tempfile.TemporaryDirectory() as dir, contextlib.suppress(ValueError, OSError):
         for name, text in texts.items():
             Path(dir, name).write_bytes(text.encode())
-        return same_ids(get_tokenizer(dir), encoding)
+        found = get_tokenizer(dir)
+        return same_ids(found, encoding) and (ends is None or {*ends.eos} <= {*read_ends(dir, found).eos})
 
 
 def replaced_classes(model):

@@ -361,25 +361,40 @@ def to_device(batch, device):
     return [t.to(device, non_blocking=True) for t in batch]
 
 
-def forward_backward(model, weights, batches, count, autocast, doc_ids, mtp_loss_weight):
-    """Forward and backward pass over the `count` micro-batches (x, y) of a step, with the gradients of their
-    mean loss. weights: see cast_weights. Returns the sums of their losses (total, main, MTP, balance), (4,),
-    and of the experts' load, (L, E)."""
+def forward_backward(model, weights, batches, divisors, autocast, doc_ids, mtp_loss_weight):
+    """Forward and backward pass over the micro-batches (x, y) of a step, with the gradients of the sum of
+    their losses, each by its divisor. weights: see cast_weights. Returns this sum of losses (total, main, MTP,
+    balance), (4,), and the sum of the experts' load, (L, E)."""
     losses, load = 0, 0
-    for i, (x, y) in enumerate(batches, 1):
-        model.require_backward_grad_sync = i == count       # DDP averages gradients once, after the last
+    for i, ((x, y), divisor) in enumerate(zip(batches, divisors), 1):
+        model.require_backward_grad_sync = i == len(divisors)       # DDP averages gradients once, at the end
         with autocast():
-            options = dict(doc_ids=doc_ids(x), mtp_loss_weight=mtp_loss_weight)
+            options = dict(doc_ids=doc_ids(x, y), mtp_loss_weight=mtp_loss_weight)
             _, loss, aux = functional_call(model, weights, (x, y), options)
-        (loss / count).backward()
-        losses = losses + torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]])
+        (loss / divisor).backward()
+        losses = losses + torch.stack([loss.detach(), aux["main"], aux["mtp"], aux["balance"]]) / divisor
         load = load + aux["load"]
     return losses, load
 
 
-def document_ids(separator, x):
-    """x (B, T) -> the number of each token's document, (B, T); None where separator is None: no masking."""
-    return None if separator is None else (x == separator).cumsum(1)
+def mean_over_labels(batches, world):
+    """What each micro-batch's mean loss is divided by, for the mean over all labels of a step on `world`
+    ranks: those of prompts, -100, do not count, so that batches have different numbers of them."""
+    labels = torch.tensor([(y != -100).sum() for _, y in batches], dtype=torch.float64)
+    total = labels.sum()
+    if world > 1:
+        dist.all_reduce(total)
+    return (total.clamp(min=1) / (labels * world)).tolist()     # inf for a batch without any
+
+
+def document_ids(separator, x, y):
+    """x, y (B, T) -> the number of each token's document, (B, T); None where separator is None: no masking.
+    A separator inside a prompt, which is not predicted, does not end the document."""
+    if separator is None:
+        return None
+    begins = x == separator
+    begins[:, 1:] &= y[:, :-1] != -100
+    return begins.cumsum(1)
 
 
 def say(text):
@@ -586,11 +601,15 @@ def train(given, on_log):
             # lambda is a tensor, as torch.compile takes a new number for a new constant
             lam = torch.tensor(config.mtp_loss_weight * lam)
             starts = [state["samples"] + (i * world + rank) * size for i in range(accumulation)]
-            batches = (to_device(data.batch(start, size), device) for start in starts)
+            batches, divisors = (data.batch(start, size) for start in starts), [accumulation] * accumulation
+            if data.mask is not None:
+                batches = list(batches)
+                divisors = mean_over_labels(batches, world)
+            batches = (to_device(batch, device) for batch in batches)
             weights = cast_weights(model, dtype) if casts_weights else {}
             with reused_weights():
-                losses, load = forward_backward(model, weights, batches, accumulation, autocast, doc_ids, lam)
-            losses = torch.cat([losses / (accumulation * world), losses.new_tensor([len(signals)])])
+                losses, load = forward_backward(model, weights, batches, divisors, autocast, doc_ids, lam)
+            losses = torch.cat([losses / world, losses.new_tensor([len(signals)])])
             if world > 1:       # the same sums on all ranks, so that all decide alike what follows
                 dist.all_reduce(losses)
                 dist.all_reduce(load)

@@ -130,7 +130,7 @@ class Validation:
         for x, y in progress(list(zip(self.x, self.y)), "evaluating"):
             x, y = x.to(device), y.to(device)
             with autocast():
-                logits = model(x, doc_ids=doc_ids(x))[0]        # without targets: no MTP
+                logits = model(x, doc_ids=doc_ids(x, y))[0]        # without targets: no MTP
             nats += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum").item()
         model.train()
         return {"val_loss": nats / self.n, "val_bpb": nats / math.log(2) / self.bytes}

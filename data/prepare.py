@@ -52,7 +52,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))   # this file runs as a script and imports as a module
 
 from data.tokenizer import (BYTES, FIM, blame, encode, encoding_to_json, fim_ids, get_tokenizer,  # noqa: E402
-                            read_ends, with_special_tokens)
+                            read_ends, token_bytes, with_special_tokens)
 
 SOURCES = ("stdlib", "shakespeare", "fineweb")
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -288,7 +288,8 @@ def write_tokens(docs, enc, ends, dtype, where, fim_rate=0.0):
             split = train if whole or at > 0 else val
             with blame(name):
                 split.add([ends.eos[0]])    # ends the document before: predicted even before a prompt
-                if ends.add_bos:
+                # a chat template may have begun the prompt itself
+                if ends.add_bos and not (is_pair and (prompt or doc).startswith(token_bytes(enc, ends.bos))):
                     split.add([ends.bos], predicted=not is_pair)
                 if is_pair:
                     split.add(prompt, predicted=False, special=True)

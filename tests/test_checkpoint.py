@@ -809,6 +809,9 @@ def test_another_tokenizer_replaces_the_released_one(tmp_path, chat_model):
     model.save_pretrained(tmp_path / "b", enc, ends=Ends(301, (300, 7), True))
     assert contents(tmp_path / "b").keys() == {"tokenizer.json", "tokenizer_config.json"}
     assert read_ends(tmp_path / "b", get_tokenizer(tmp_path / "b")) == Ends(301, (300, 7), True)
+    # the same tokens, but texts that end in another: a fine-tuning may teach that
+    model.save_pretrained(tmp_path / "c", get_tokenizer(chat_model), ends=Ends(256, (7,), False))
+    assert read_ends(tmp_path / "c", get_tokenizer(tmp_path / "c")).eos == (7,)
     model.save_pretrained(chat_model, enc)      # the old ids and chat templates would be wrong now
     assert contents(chat_model).keys() == {"tokenizer.json", "tokenizer_config.json"}
     assert read_ends(chat_model, get_tokenizer(chat_model)).eos == (300,)

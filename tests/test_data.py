@@ -262,7 +262,7 @@ def test_pairs_token_for_token_and_target_for_target(tmp_path):
 
 
 def test_pairs_with_the_token_that_begins_texts(tmp_path):
-    write(tmp_path, {"chats.jsonl": lines(pair("a", "b"), {"text": "text"}, pair("c", "<|im_start|>d"))})
+    write(tmp_path, {"chats.jsonl": lines(pair("a", "b"), {"text": "text"}, pair("[BOS]c", "<|im_start|>d"))})
     tokens = ["[BOS]", "<|im_end|>", "<|im_start|>"]
     save(tmp_path / "tokenizer.json",
          bpe_json(added_tokens=[{"id": 258 + i, "content": t} for i, t in enumerate(tokens)]))

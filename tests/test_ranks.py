@@ -13,7 +13,7 @@ from checkpoint import load_run
 from data.prepare import prepare
 from data.tokenizer import get_tokenizer
 from test_faults import refused
-from test_train import SHAPE, assert_equal_runs, command, log, ok
+from test_train import SHAPE, assert_equal_runs, command, log, ok, pairs_dir  # noqa: F401
 
 
 @pytest.fixture
@@ -46,6 +46,17 @@ def test_two_ranks_train_as_one_with_twice_the_batch(data_dir, tmp_path, torchru
     out, _ = end()
     same_curve(tmp_path / "one", tmp_path / "two")
     assert out.count("done.") == 1 and "steps of 512 tokens on 2 x cpu" in out
+
+
+def test_two_ranks_count_the_labels_of_pairs_as_one(pairs_dir, tmp_path, fork):
+    flags = ["--max_iters", 3, "--log_interval", 1, "--balance_loss_alpha", 0]
+    end = fork(command(pairs_dir, tmp_path / "two", *flags, "--batch_size", 1,
+                       "--gradient_accumulation_steps", 2)[2:], 2, "")[1]
+    ok(pairs_dir, tmp_path / "one", *flags, "--batch_size", 4)
+    end()
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        for key in "loss", "main_loss", "mtp_loss", "grad_norm":
+            assert a[key] == pytest.approx(b[key], rel=1e-3), key
 
 
 def test_two_ranks_ramp_the_batch_and_average_the_weights_as_one(data_dir, tmp_path, torchrun):

@@ -188,6 +188,36 @@ def test_accumulated_micro_batches_equal_the_large_batch(data_dir, tmp_path):
             assert a[name].abs().max() > 0
 
 
+@pytest.fixture(scope="module")
+def pairs_dir(tmp_path_factory):
+    """Pairs with long prompts, so that windows of 32 tokens have 32 labels, some, or none."""
+    dir = tmp_path_factory.mktemp("pairs")
+    lines = [json.dumps({"prompt": "p" * (5 + 97 * i % 90), "completion": "abc" * (1 + i % 9)})
+             for i in range(60)]
+    (dir / "pairs.jsonl").write_text("\n".join(lines))
+    prepare(dir / "data", input=dir / "pairs.jsonl")
+    return dir / "data"
+
+
+def test_each_label_of_a_step_counts_alike(pairs_dir, tmp_path):
+    common = ["--max_iters", 3, "--log_interval", 1, "--balance_loss_alpha", 0, "--eval_interval", 3]
+    ok(pairs_dir, tmp_path / "a", *common, "--batch_size", 8)
+    ok(pairs_dir, tmp_path / "b", *common, "--batch_size", 1, "--gradient_accumulation_steps", 8)
+    for a, b in zip(log(tmp_path / "a"), log(tmp_path / "b"), strict=True):
+        for key in ("loss", "main_loss", "mtp_loss", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3), key
+    nothing = torch.full((1, 4), -100)
+    some = torch.tensor([[1, -100, -100, 1]])
+    assert train.mean_over_labels([(None, some), (None, nothing)], 1) == [1, math.inf]
+    assert train.mean_over_labels([(None, nothing)], 1) == [math.inf]
+
+
+def test_a_separator_inside_a_prompt_does_not_end_the_document():
+    x, y = torch.tensor([[9, 1, 9, 2, 3, 9, 4]]), torch.tensor([[-100, -100, -100, 3, 9, 4, 5]])
+    assert train.document_ids(9, x, y).tolist() == [[1, 1, 1, 1, 1, 2, 2]]
+    assert train.document_ids(None, x, y) is None
+
+
 def test_masked_documents_train(data_dir, tmp_path):
     ok(data_dir, tmp_path / "a", "--max_iters", 2, "--block_size", 512, "--mask_documents")
     ok(data_dir, tmp_path / "b", "--max_iters", 2, "--block_size", 512)
@@ -307,7 +337,7 @@ def test_validation_counts_every_token_once(tmp_path):
             row = [meta["separator"], *val][i:i + 32 + 1]
             logp = model(torch.tensor([row[:-1]]))[0].log_softmax(-1)[0]
             nats -= sum(logp[j, token].item() for j, token in enumerate(row[1:]))
-    found = v.evaluate(model, torch.device("cpu"), torch.no_grad, lambda x: None)
+    found = v.evaluate(model, torch.device("cpu"), torch.no_grad, lambda x, y: None)
     assert found["val_loss"] == pytest.approx(nats / len(val), rel=1e-4)
     assert found["val_bpb"] == pytest.approx(nats / len(val) / math.log(2), rel=1e-4)
     assert model.training
@@ -393,7 +423,7 @@ def test_the_average_of_the_weights_is_evaluated_saved_and_resumed(data_dir, tmp
     meta = json.loads((data_dir / "meta.json").read_text())
     validation = Validation(data_dir / "val.bin", meta, b["encoding"], 4, 32)
     model = sample.load(tmp_path / "whole", "cpu", ema=True)[0]
-    found = validation.evaluate(model, torch.device("cpu"), torch.no_grad, lambda x: None)
+    found = validation.evaluate(model, torch.device("cpu"), torch.no_grad, lambda x, y: None)
     assert found["val_loss"] == pytest.approx(last["val_loss_ema"], rel=1e-6)
     said = [ok(None, None, "--ckpt", tmp_path / "whole", "--temperature", 2, "--max_new_tokens", 100, *flag,
                script="sample.py").stdout for flag in ([], ["--ema"])]
