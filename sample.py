@@ -325,6 +325,7 @@ def run(args):
         raise ValueError(f"the prompt's {T} tokens leave room for {max(room, 0)} in the model's context of "
                          f"{context}; shorten the prompt, or lower --max_new_tokens")
     model.check_tokens(idx[:, -context:])
+    sampling_probs(torch.zeros(1), args.temperature, args.top_k, args.top_p)    # raises what it does not take
     if args.compile:
         print("compiling the decoding step, which takes a minute the first time", file=sys.stderr)
         compile_steps(model)

@@ -91,11 +91,15 @@ def documents(source, input, out_dir):
     raise ValueError(f"no source {source}: give {', '.join(SOURCES)}")
 
 
+def fail(error):
+    raise error
+
+
 def files(root, pattern, skip, out_dir):
     """The Documents in a file, or in the files below a folder that match pattern, except files and folders
     that match skip. Files that are not text are skipped and counted."""
     paths, odd = [root] if root.is_file() else [], []
-    for where, folders, names in os.walk(root):
+    for where, folders, names in os.walk(root, onerror=fail) if root.is_dir() else ():
         for listed in folders, names:
             listed[:] = [name for name in listed if not any(fnmatch.fnmatchcase(name, s) for s in skip)]
         own = FILES if Path(where).resolve() == out_dir.resolve() else ()   # our output is not our input
@@ -210,6 +214,9 @@ def prepare(out_dir, source="stdlib", input=None, tokenizer="bytes", fim_rate=0.
                 "tokenizer": enc.name, "separator": ends.eos[0], "bos": ends.bos, "eos": list(ends.eos),
                 "add_bos": ends.add_bos, "source": Path(input).name if input else source}
         meta |= write_tokens(docs, enc, ends, meta["dtype"], staged, fim_rate)
+        if fim_rate and not meta["fim_documents"]:
+            raise ValueError(f"--fim_rate {fim_rate} rearranged none of the {meta['documents']} documents; "
+                             "only whole ones of the training part can be: give more, or a higher rate")
         (staged / "encoding.json").write_text(encoding_to_json(enc), encoding="utf-8")
         (staged / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         for name in reversed(FILES):    # meta.json goes first and comes last: a folder that has it is whole
@@ -353,7 +360,7 @@ def main():
     parser.add_argument("--fim_rate", type=float, default=0.0,
                         help="share of the documents to write as prefix, suffix, middle (the report: 0.1)")
     args = parser.parse_args()
-    name = args.source if args.input is None else Path(args.input).resolve().stem
+    name = args.source if args.input is None else Path(os.path.realpath(args.input)).stem
     out_dir = args.out_dir or Path(__file__).parent / name
     try:
         prepare(out_dir, args.source, args.input, args.tokenizer, args.fim_rate)

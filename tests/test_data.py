@@ -229,6 +229,25 @@ def test_fim_tokens_of_the_tokenizer_are_kept(tmp_path):
     assert again.encode_ordinary(FIM[0]) == [*FIM[0].encode()]      # in a text they are text
 
 
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    root, scan = write(tmp_path / "in", {"a.txt": b"text " * 9, "sub/b.txt": b"more"}), os.scandir
+
+    def forbidden(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(PermissionError, match="sub"):
+        prepare(tmp_path / "out", input=root)
+
+
+def test_fill_in_the_middle_without_effect_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--fim_rate 0.5 rearranged none of the 1 documents"):
+        prepare(tmp_path / "out", input=write(tmp_path / "in", {"a.txt": b"text " * 99}), fim_rate=0.5)
+    assert os.listdir(tmp_path / "out") == []
+
+
 # ---- pairs -------------------------------------------------------------------------------------------------
 
 
