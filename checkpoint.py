@@ -626,7 +626,7 @@ def config_and_side_files(model, encoding, fp8, ends):
 
 
 def is_tokenizer_of(texts, encoding, ends):
-    """Whether tokenizer files give the ids of a tiktoken.Encoding, and end texts where Ends does, if given."""
+    """Whether tokenizer files give the ids of a tiktoken.Encoding, and the end tokens in ends (None: any)."""
     with tempfile.TemporaryDirectory() as dir, contextlib.suppress(ValueError, OSError):
         for name, text in texts.items():
             Path(dir, name).write_bytes(text.encode())

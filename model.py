@@ -788,8 +788,8 @@ class DeepSeekV3(nn.Module):
             raise ValueError(f"tokens must be an int64 tensor (B, T), got {got}; for lists of different "
                              "lengths: for p in prompts: model.generate(torch.tensor([p]), max_new_tokens)")
         if idx.numel() == 0:
-            raise ValueError(f"the batch or prompt is empty, with the shape {tuple(idx.shape)}: give at least "
-                             "one token, such as the document separator")
+            raise ValueError(f"the batch or prompt is empty, with the shape {tuple(idx.shape)}: give at "
+                             "least one token, such as the document separator")
         if (length := idx.size(1) + others) > self.config.max_position_embeddings:
             raise ValueError(f"a sequence of {length} tokens is longer than max_position_embeddings="
                              f"{self.config.max_position_embeddings}; shorten it, or extend the context with "

@@ -362,9 +362,9 @@ def to_device(batch, device):
 
 
 def forward_backward(model, weights, batches, divisors, autocast, doc_ids, mtp_loss_weight):
-    """Forward and backward pass over the micro-batches (x, y) of a step, with the gradients of the sum of
-    their losses, each by its divisor. weights: see cast_weights. Returns this sum of losses (total, main, MTP,
-    balance), (4,), and the sum of the experts' load, (L, E)."""
+    """Forward and backward pass over the micro-batches (x, y) of a step: the gradients of the sum of their
+    losses, each divided by its divisor. weights: see cast_weights. Returns that sum of the losses (total,
+    main, MTP, balance), (4,), and the sum of the experts' load, (L, E)."""
     losses, load = 0, 0
     for i, ((x, y), divisor) in enumerate(zip(batches, divisors), 1):
         model.require_backward_grad_sync = i == len(divisors)       # DDP averages gradients once, at the end
@@ -601,7 +601,8 @@ def train(given, on_log):
             # lambda is a tensor, as torch.compile takes a new number for a new constant
             lam = torch.tensor(config.mtp_loss_weight * lam)
             starts = [state["samples"] + (i * world + rank) * size for i in range(accumulation)]
-            batches, divisors = (data.batch(start, size) for start in starts), [accumulation] * accumulation
+            batches = (data.batch(start, size) for start in starts)
+            divisors = [accumulation] * accumulation
             if data.mask is not None:
                 batches = list(batches)
                 divisors = mean_over_labels(batches, world)
